@@ -1,0 +1,98 @@
+"""Medians, ratios and the table of a benchmark's rounds."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timing of a work, which may be the mean of several calls.
+
+    Attributes:
+        seconds: Wall time of one call.
+        cpu_seconds: Processor time of one call, all threads of this process.
+        foreign_cores: Cores other processes kept busy meanwhile; None where /proc is missing.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    foreign_cores: float | None
+
+
+def strict_floor(samples: dict[str, Sample]) -> float:
+    """Seconds of the least any gradient method does: two forward passes, one of them back again."""
+    return samples["forward"].seconds + samples["backward"].seconds
+
+
+def floor(samples: dict[str, Sample]) -> float:
+    """Seconds of two plain forward passes, and of a forward and backward pass to the embeddings."""
+    return 2 * samples["forward"].seconds + samples["backward"].seconds
+
+
+FLOORS = {"floor": floor, "strict floor": strict_floor}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def summarize(rounds: list[dict[str, Sample]], memory: dict[str, float]) -> dict[str, Any]:
+    """Per work: seconds, ratios to the floors of the same round, peak memory and its ratio."""
+    summary: dict[str, Any] = {
+        name: {"seconds": spread([seconds(samples) for samples in rounds])}
+        for name, seconds in FLOORS.items()
+    }
+    for name in rounds[0]:
+        row: dict[str, Any] = {"seconds": spread([r[name].seconds for r in rounds])}
+        for base, seconds in FLOORS.items():
+            row[f"x {base}"] = spread([r[name].seconds / seconds(r) for r in rounds])
+        foreign = [f for r in rounds if (f := r[name].foreign_cores) is not None]
+        row["foreign_cores"] = max(foreign) if foreign else None
+        summary[name] = row
+    for name, peak in memory.items():
+        row = summary.setdefault(name, {})
+        row["peak_mib"], row["x backward's peak"] = peak, peak / memory["backward"]
+    return summary
+
+
+def add_peers(summary: dict[str, Any], peers: dict[str, dict[str, Any]]) -> None:
+    """A row per peer; its ratios are of medians, for it ran in a process of its own."""
+    for name, measured in peers.items():
+        seconds = spread([float(s) for s in measured["seconds"]])
+        row: dict[str, Any] = {"seconds": seconds}
+        for base in FLOORS:
+            least = summary[base]["seconds"]["median"]
+            row[f"x {base}"] = {key: value / least for key, value in seconds.items()}
+        if peak := measured.get("peak_mib"):
+            row["peak_mib"] = peak
+            if backward := summary["backward"].get("peak_mib"):
+                row["x backward's peak"] = peak / backward
+        summary[name] = row
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a Markdown table."""
+    heads = ["work", "median s", "min - max s", "x floor (min - max)", "x strict floor"]
+    heads += ["peak MiB", "x backward's peak", "foreign cores"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, row in summary.items():
+        cells = dict.fromkeys(heads, "") | {"work": name}
+        if seconds := row.get("seconds"):
+            cells["median s"] = f"{seconds['median']:.4f}"
+            cells["min - max s"] = f"{seconds['min']:.4f} - {seconds['max']:.4f}"
+        if ratio := row.get("x floor"):
+            text = f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})"
+            cells["x floor (min - max)"] = text
+            cells["x strict floor"] = f"{row['x strict floor']['median']:.2f}"
+        if "peak_mib" in row:
+            cells["peak MiB"] = f"{row['peak_mib']:.0f}"
+        if "x backward's peak" in row:
+            cells["x backward's peak"] = f"{row[heads[6]]:.2f}"
+        if row.get("foreign_cores") is not None:
+            cells["foreign cores"] = f"{row['foreign_cores']:.1f}"
+        rows.append(list(cells.values()))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

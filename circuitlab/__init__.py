@@ -1,0 +1,134 @@
+"""CircuitLab: which components of a transformer do the work, and through which edges.
+
+The names below are the whole public interface; everything heavy is imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from circuitlab.ablation import Ablation, Ablator, choose_batch_size
+    from circuitlab.architectures import Architecture, Projection
+    from circuitlab.builder import build_circuit
+    from circuitlab.errors import (
+        CircuitLabError,
+        GraphError,
+        ModelError,
+        NumericsError,
+        OptionError,
+        PluginError,
+        QualityError,
+        ResourceError,
+        SiteError,
+        TaskError,
+    )
+    from circuitlab.export import read_circuit, write_circuit
+    from circuitlab.graph import CircuitGraph
+    from circuitlab.hookspecs import hookimpl
+    from circuitlab.loading import load_model
+    from circuitlab.metrics import Metric
+    from circuitlab.patching import Edge, edge_effects
+    from circuitlab.progress import track
+    from circuitlab.prompts import EncodedTask, Tokens
+    from circuitlab.selection import circuit_of
+    from circuitlab.sites import Site
+    from circuitlab.task_files import read_task, write_task
+    from circuitlab.tasks import PromptPair, Task
+    from circuitlab.tracing import Run, TracedModel
+    from circuitlab.wiring import ReceiverBlock, Wiring
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "edge_effects": "patching",
+    "Edge": "patching",
+    "choose_batch_size": "ablation",
+    "Ablator": "ablation",
+    "Ablation": "ablation",
+    "Architecture": "architectures",
+    "CircuitGraph": "graph",
+    "CircuitLabError": "errors",
+    "EncodedTask": "prompts",
+    "GraphError": "errors",
+    "Metric": "metrics",
+    "ModelError": "errors",
+    "NumericsError": "errors",
+    "OptionError": "errors",
+    "PluginError": "errors",
+    "Projection": "architectures",
+    "PromptPair": "tasks",
+    "QualityError": "errors",
+    "ReceiverBlock": "wiring",
+    "ResourceError": "errors",
+    "Run": "tracing",
+    "Site": "sites",
+    "SiteError": "errors",
+    "Task": "tasks",
+    "TaskError": "errors",
+    "Tokens": "prompts",
+    "TracedModel": "tracing",
+    "Wiring": "wiring",
+    "build_circuit": "builder",
+    "circuit_of": "selection",
+    "hookimpl": "hookspecs",
+    "load_model": "loading",
+    "read_circuit": "export",
+    "read_task": "task_files",
+    "track": "progress",
+    "write_circuit": "export",
+    "write_task": "task_files",
+}
+
+__all__ = [  # noqa: PLE0604  (a list of strings; sorted by the test that pins it)
+    "edge_effects",
+    "Edge",
+    "choose_batch_size",
+    "Ablator",
+    "Ablation",
+    "Architecture",
+    "CircuitGraph",
+    "CircuitLabError",
+    "EncodedTask",
+    "GraphError",
+    "Metric",
+    "ModelError",
+    "NumericsError",
+    "OptionError",
+    "PluginError",
+    "Projection",
+    "PromptPair",
+    "QualityError",
+    "ReceiverBlock",
+    "ResourceError",
+    "Run",
+    "Site",
+    "SiteError",
+    "Task",
+    "TaskError",
+    "Tokens",
+    "TracedModel",
+    "Wiring",
+    "build_circuit",
+    "circuit_of",
+    "hookimpl",
+    "load_model",
+    "read_circuit",
+    "read_task",
+    "track",
+    "write_circuit",
+    "write_task",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'circuitlab' has no attribute {name!r}")
+    value = getattr(import_module(f"circuitlab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

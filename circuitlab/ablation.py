@@ -1,0 +1,92 @@
+"""What an ablated component writes instead: its output on the corrupt prompt, zero, or its mean."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from circuitlab.errors import TaskError
+from circuitlab.prompts import EncodedTask
+from circuitlab.sites import Site
+from circuitlab.tracing import Run, TracedModel
+
+Ablation = Literal["counterfactual", "zero", "mean"]
+
+#: Bytes that one batch's sources and receivers may take, when the batch size is not given.
+MEMORY = 256 * 2**20
+
+
+def choose_batch_size(model: TracedModel, pairs: EncodedTask) -> int:
+    """Pairs per pass such that their source outputs and receiver gradients fit in :data:`MEMORY`."""
+    ends = len(model.wiring.sources) + len(model.wiring.receivers)
+    per_pair = ends * pairs.clean.ids.shape[1] * model.d_model * 4
+    return max(1, min(len(pairs), MEMORY // max(1, per_pair)))
+
+
+class Ablator:
+    """Runs a task's pairs clean and ablated.
+
+    Args:
+        model: Any traced model.
+        pairs: The whole encoded task; the mean is taken over it.
+        ablation: ``counterfactual``: the source's output on the corrupt prompt. ``zero``. ``mean``:
+            its mean over all clean prompts and real positions, one vector per source.
+        batch_size: Pairs per pass when taking the mean.
+
+    Raises:
+        TaskError: the ablation is counterfactual and the prompts of a pair are not aligned.
+    """
+
+    def __init__(
+        self, model: TracedModel, pairs: EncodedTask, ablation: Ablation, batch_size: int
+    ) -> None:
+        if ablation == "counterfactual" and not pairs.aligned:
+            raise TaskError(
+                f"task {pairs.task.name!r}: clean and corrupt prompts of different length were padded, "
+                f"so their positions do not correspond, and outputs cannot be swapped position by "
+                f"position; use --align drop, or --ablation zero or mean"
+            )
+        self.model = model
+        self.ablation = ablation
+        self._mean = _mean_outputs(model, pairs, batch_size) if ablation == "mean" else None
+
+    def outputs(self, batch: EncodedTask) -> tuple[Tensor, Run | None]:
+        """Each source's ablated output, and the run it comes from.
+
+        Returns:
+            ``[n_sources, batch, pos, d_model]``, 0 where padded; the corrupt run, or None where the
+            ablation has no run of its own.
+        """
+        model = self.model
+        if self.ablation == "counterfactual":
+            corrupt = model.run(batch.corrupt, read=model.source_sites)
+            return model.source_outputs(corrupt), corrupt
+        shape = (len(model.wiring.sources), *batch.clean.ids.shape, model.d_model)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        outputs = torch.zeros(shape, dtype=dtype, device=model.device)
+        if self._mean is not None:
+            outputs += self._mean.to(dtype)[:, None, None]
+            outputs *= batch.clean.mask[None, :, :, None]
+        return outputs, None
+
+    def logits(self, batch: EncodedTask, outputs: Tensor, run: Run | None) -> Tensor:
+        """Last logits ``[batch, vocab]`` when only ``input`` is ablated and all else recomputed.
+
+        With counterfactual ablation that is the corrupt run.
+        """
+        if run is None:
+            run = self.model.run(batch.clean, write={Site("resid_pre", 0): outputs[0]})
+        return run.logits[:, -1]
+
+
+def _mean_outputs(model: TracedModel, pairs: EncodedTask, batch_size: int) -> Tensor:
+    """Mean output of each source over clean prompts and real positions, ``[n_sources, d_model]``."""
+    total = torch.zeros(len(model.wiring.sources), model.d_model, dtype=torch.float64)
+    count = 0
+    for batch in pairs.batches(batch_size):
+        outputs = model.source_outputs(model.run(batch.clean, read=model.source_sites))
+        total += outputs.double().sum((1, 2)).cpu()
+        count += int(batch.clean.mask.sum())
+    return (total / count).to(model.device)

@@ -1,0 +1,134 @@
+"""Architecture: where a model family keeps its attention, MLPs and norms, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from circuitlab.errors import ModelError
+from circuitlab.wiring import Wiring
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Where one of q, k, v is computed, and which columns of that output belong to a head.
+
+    Head ``h`` has columns ``offset + h * stride`` to ``offset + h * stride + d_head``: this covers
+    separate projections, thirds side by side (GPT-2, Phi-3) and heads interleaved (GPT-NeoX).
+    """
+
+    path: str
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Module paths and sizes of one model; what a plugin's ``adapt_architecture`` returns.
+
+    Paths from ``attention_norm`` on are relative to one block. The traced model is checked against
+    this description when it is loaded: sums, logits and an identity patch (see ``checks``).
+
+    Attributes:
+        family: Name of the family, for people.
+        embed: Token embedding.
+        blocks: The list of blocks.
+        final_norm: Norm before the unembedding.
+        attention_norm: Norm that feeds q, k and v.
+        attention: Attention module; returns ``(output, pattern)`` or the output.
+        q: Query projection.
+        k: Key projection.
+        v: Value projection.
+        output_projection: Maps the concatenated heads back to the residual stream.
+        mlp_norm: Norm that feeds the MLP.
+        mlp: MLP module.
+        parallel: Whether attention and MLP of a block read the same residual stream.
+    """
+
+    family: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    n_positions: int
+    embed: str
+    blocks: str
+    final_norm: str
+    attention_norm: str
+    attention: str
+    q: Projection
+    k: Projection
+    v: Projection
+    output_projection: str
+    mlp_norm: str
+    mlp: str
+    parallel: bool = False
+
+    @property
+    def wiring(self) -> Wiring:
+        """The residual graph of this model."""
+        return Wiring(self.n_layers, self.n_heads, self.parallel)
+
+    def block(self, layer: int, path: str = "") -> str:
+        """Full path of a module of block ``layer``; of the block itself when ``path`` is empty."""
+        return f"{self.blocks}.{layer}.{path}" if path else f"{self.blocks}.{layer}"
+
+    def projection(self, port: str) -> Projection:
+        """The projection behind port q, k or v."""
+        return {"q": self.q, "k": self.k, "v": self.v}[port]
+
+    def module_paths(self) -> tuple[str, ...]:
+        """Every path this description claims, one block's relative paths taken at layer 0."""
+        in_block = (
+            self.attention_norm,
+            self.attention,
+            *(self.projection(port).path for port in "qkv"),
+            self.output_projection,
+            self.mlp_norm,
+            self.mlp,
+        )
+        last = self.block(self.n_layers - 1)
+        return (self.embed, *(self.block(0, path) for path in in_block), last, self.final_norm)
+
+
+def gpt2(config: PretrainedConfig) -> Architecture | None:
+    """GPT-2 and models with its code (DistilGPT-2, DialoGPT); None for any other family.
+
+    Raises:
+        ModelError: a GPT-2 with cross-attention, whose block has a third writer.
+    """
+    if config.model_type != "gpt2":
+        return None
+    if config.add_cross_attention:
+        raise ModelError(
+            "the GPT-2 model has cross-attention, which writes to the residual stream beside heads "
+            "and MLPs; circuits of decoder-only GPT-2 models can be traced"
+        )
+    d_model, n_heads = config.n_embd, config.n_head
+    d_head = d_model // n_heads
+    return Architecture(
+        family="GPT-2",
+        n_layers=config.n_layer,
+        n_heads=n_heads,
+        d_model=d_model,
+        d_head=d_head,
+        n_positions=config.n_positions,
+        embed="transformer.wte",
+        blocks="transformer.h",
+        final_norm="transformer.ln_f",
+        attention_norm="ln_1",
+        attention="attn",
+        q=Projection("attn.c_attn", 0, d_head),
+        k=Projection("attn.c_attn", d_model, d_head),
+        v=Projection("attn.c_attn", 2 * d_model, d_head),
+        output_projection="attn.c_proj",
+        mlp_norm="ln_2",
+        mlp="mlp",
+    )
+
+
+#: The core's own answers to ``adapt_architecture``, tried in order.
+FAMILIES = (gpt2,)

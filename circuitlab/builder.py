@@ -1,0 +1,177 @@
+"""build_circuit: from a model, a task and the name of an analysis to a circuit with its provenance."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import circuitlab
+from circuitlab import baseline
+from circuitlab.errors import CircuitLabError, GraphError, OptionError, PluginError, TaskError
+from circuitlab.graph import EDGE_SCORE, CircuitGraph
+from circuitlab.loading import Source, load_model
+from circuitlab.options import check_values
+from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry, describe
+
+if TYPE_CHECKING:
+    from circuitlab.tasks import Align, Task
+    from circuitlab.tracing import TracedModel
+
+
+def build_circuit(
+    model: Source,
+    task: Task | str | None = None,
+    analysis: str = DEFAULT_ANALYSIS,
+    *,
+    metric: str | None = None,
+    n_pairs: int | None = None,
+    align: Align | None = None,
+    allow_weak: bool = False,
+    annotate: Sequence[str] = (),
+    seed: int = 0,
+    registry: Registry | None = None,
+    **options: Any,
+) -> CircuitGraph:
+    """Run an analysis and return its circuit, validated and with its provenance.
+
+    Args:
+        model: Anything :func:`circuitlab.load_model` takes.
+        task: A task, the name of one, or None for the task a bundled model was made for.
+        analysis: Name of an installed analysis.
+        metric: Another metric than the task's own.
+        n_pairs: Use only the first pairs of the task.
+        align: What to do with pairs whose prompts differ in length.
+        allow_weak: Go on when the effect to explain is within its own noise.
+        annotate: Plugins that may annotate the finished circuit.
+        seed: For whatever the analysis draws at random.
+        registry: Plugins to use; by default all installed ones.
+        **options: Options of the analysis.
+
+    Raises:
+        CircuitLabError: the subclass says what was wrong, the message who, what and what to do.
+    """
+    started = time.time()
+    registry = registry or Registry.load()
+    chosen = registry.analysis(analysis)
+    check_values(chosen.options, options, f"analysis {analysis!r}")
+    traced = load_model(model, registry=registry)
+    named = find_task(traced, task, registry)
+    named = replace(named, metric=metric or named.metric, align=align or named.align)
+    if n_pairs is not None:
+        named = named.take(n_pairs)
+    pairs = traced.encode(named)
+    measured = baseline.measure(traced, pairs)
+    warnings = [
+        *pairs.warnings,
+        *baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed),
+    ]
+    torch.manual_seed(seed)
+    circuit = _run(chosen, traced, named, options)
+    registry.annotate(annotate, circuit, traced, named)
+    circuit.validate()
+    _stamp(circuit, traced, named, chosen, options, seed=seed, pairs=len(pairs))
+    circuit.graph["baseline"] = measured.to_json(seed)
+    circuit.graph["warnings"] = [*warnings, *circuit.graph.get("warnings", ())]
+    circuit.graph["seconds"] = round(time.time() - started, 3)
+    return circuit
+
+
+def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -> Task:
+    """The task that is meant.
+
+    Raises:
+        TaskError: no task of that name, or none given for a model that has none of its own.
+    """
+    if task is not None and not isinstance(task, str):
+        return task
+    name = task or model.task_name
+    if name is None:
+        raise TaskError(
+            f"model {model.name!r} has no task of its own; name one (--task, {', '.join(registry.tasks)})"
+            f", or give prompts (--task-file FILE, or --clean --corrupt --answer --wrong)"
+        )
+    if name not in registry.tasks:
+        raise TaskError(f"task {name!r} does not exist; tasks are {', '.join(sorted(registry.tasks))}")
+    return registry.tasks[name]
+
+
+def _run(
+    analysis: Analysis, model: TracedModel, task: Task, options: dict[str, Any]
+) -> CircuitGraph:
+    """The analysis's circuit; what a plugin does wrong becomes a PluginError that names it."""
+    try:
+        circuit = analysis.function(model, task, **options)
+    except CircuitLabError:
+        raise
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a plugin may raise anything
+        raise PluginError(
+            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} failed: {describe(error)}"
+        ) from error
+    if not isinstance(circuit, CircuitGraph):
+        raise PluginError(
+            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} returned "
+            f"{type(circuit).__name__}, not a CircuitGraph"
+        )
+    try:
+        circuit.validate()
+    except GraphError as error:
+        raise PluginError(
+            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} returned a bad circuit: {error}"
+        ) from error
+    return circuit
+
+
+def _stamp(
+    circuit: CircuitGraph,
+    model: TracedModel,
+    task: Task,
+    analysis: Analysis,
+    options: dict[str, Any],
+    *,
+    seed: int,
+    pairs: int,
+) -> None:
+    """Write where the circuit came from; what the analysis wrote itself stays."""
+    given = {option.name: options.get(option.name, option.default) for option in analysis.options}
+    provenance = {
+        "score": EDGE_SCORE,
+        "analysis": analysis.name,
+        "plugin": analysis.plugin,
+        "options": {name: _plain(value) for name, value in given.items()},
+        "model": model.name,
+        "model_revision": model.revision,
+        "family": model.architecture.family,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "d_model": model.d_model,
+        "parallel": model.architecture.parallel,
+        "task": task.name,
+        "task_digest": task.digest,
+        "metric": task.metric,
+        "n_pairs": pairs,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "remote": False,
+        "versions": {
+            "circuitlab": circuitlab.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "nnsight", "networkx")},
+        },
+    }
+    for key, value in provenance.items():
+        circuit.graph.setdefault(key, value)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON holds it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"an option has value {value}; give a finite number")
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

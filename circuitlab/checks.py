@@ -1,0 +1,133 @@
+"""The self-check of a traced model: what must hold before any number from it is believed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from circuitlab.errors import ModelError, QualityError
+from circuitlab.prompts import Tokens
+from circuitlab.sites import Site
+
+if TYPE_CHECKING:
+    from circuitlab.tracing import TracedModel
+
+#: Largest difference, as a multiple of the type's rounding and of the values' size.
+ROUNDINGS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that holds or does not.
+
+    Attributes:
+        name: What was compared.
+        difference: Largest difference, relative to the largest value compared.
+        tolerance: Largest difference allowed.
+    """
+
+    name: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance; a NaN is not."""
+        return self.difference <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Random prompts, one of them padded, and what the plain module says to them."""
+
+    tokens: Tokens
+    logits: Tensor
+
+
+@torch.no_grad()
+def probe(module: nn.Module) -> Probe:
+    """Run a plain Hugging Face module on two short random prompts, before it is wrapped.
+
+    Raises:
+        ModelError: the module cannot be called the way causal language models are.
+    """
+    config: Any = module.config
+    length = min(6, int(getattr(config, "max_position_embeddings", None) or config.n_positions))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, int(config.vocab_size), (2, length), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, : length // 2] = False
+    tokens = Tokens(ids * mask, mask).to(next(module.parameters()).device)
+    try:
+        output = module(
+            input_ids=tokens.ids,
+            attention_mask=tokens.mask.to(torch.int64),
+            position_ids=tokens.position_ids,
+            use_cache=False,
+        )
+        logits = output.logits
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"{type(module).__name__} cannot be run as a causal language model: {error}; "
+            f"load it with AutoModelForCausalLM"
+        ) from error
+    return Probe(tokens, logits)
+
+
+def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
+    """Compare the traced model with the plain one, and with its own description.
+
+    Checks: the same logits; the sources and constants sum to the residual stream; writing what was
+    read changes nothing; a padded prompt gives the logits of the same prompt alone.
+    """
+    sites = [Site(k, n) for n in range(model.n_layers) for k in ("q", "k", "v", "attn_out")]
+    last = Site("resid_post", model.n_layers - 1)
+    run = model.run(plain.tokens, read=[*model.source_sites, *sites, last], logits="all")
+    mask = plain.tokens.mask
+    written = {site: run[site] for site in (*model.source_sites, *sites)}
+    identity = model.run(plain.tokens, write=written, logits="all").logits
+    alone = model.run(plain.tokens.rows([1]).trimmed(), logits="all").logits
+    real = plain.logits[mask]
+    return [
+        _check("logits equal plain Hugging Face", run.logits[mask], real, model),
+        _check("components sum to the residual stream", _summed(model, run), run[last], model, mask),
+        _check("writing what was read changes nothing", identity[mask], real, model),
+        _check("padding changes nothing", alone[0], plain.logits[1][mask[1]], model),
+    ]
+
+
+def require(model: TracedModel, checks: list[Check]) -> None:
+    """Refuse a model that fails a check.
+
+    Raises:
+        QualityError: names each failed check, its difference and tolerance.
+    """
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        facts = "; ".join(f"{c.name}: off by {c.difference:.2g}, at most {c.tolerance:.2g}" for c in failed)
+        raise QualityError(
+            f"model {model.name!r} as traced ({model.architecture.family}, {model.dtype}) fails its "
+            f"self-check: {facts}; no score from it could be trusted"
+        )
+
+
+def _summed(model: TracedModel, run: Any) -> Tensor:
+    """Sum of all sources and of the constants attention adds to its heads (the output bias)."""
+    total = model.source_outputs(run).sum(0)
+    for layer in range(model.n_layers):
+        total += model.attention_bias(layer)
+    return total
+
+
+def _check(
+    name: str, value: Tensor, expected: Tensor, model: TracedModel, mask: Tensor | None = None
+) -> Check:
+    if mask is not None:
+        value, expected = value[mask], expected[mask]
+    value, expected = value.double(), expected.double()
+    scale = float(expected.abs().max().clamp(min=1e-30))
+    tolerance = ROUNDINGS * torch.finfo(model.dtype).eps
+    return Check(name, float((value - expected).abs().max()) / scale, tolerance)

@@ -1,0 +1,80 @@
+"""The command line: click reads it, rich shows it, the core decides.
+
+``main`` is the one place where errors become exit codes: 0 done, 1 a fault of CircuitLab, 2 usage,
+3 data, 4 model, 5 resources, 7 not good enough, 8 a plugin asked for failed, 130 interrupted, 141
+nobody reads, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from circuitlab.cli import screen
+from circuitlab.errors import CircuitLabError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = _run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has no reader; without this, closing stdout would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def _run(given: list[str]) -> int:
+    from circuitlab.cli.commands import circuitlab
+
+    debug = "--debug-traceback" in given
+    try:
+        circuitlab.main(given, prog_name="circuitlab", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.UsageError as error:
+        screen.usage_error(error)
+        return error.exit_code
+    except click.ClickException as error:
+        screen.error(error.format_message())
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        screen.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001  (the last door: everything becomes a code and a line)
+        return _failed(error, debug=debug)
+    return 0
+
+
+def _failed(error: Exception, *, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    if isinstance(error, CircuitLabError):
+        screen.error(str(error))
+        return error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        screen.error("out of memory: use a smaller --batch-size, or a machine with more memory")
+        return 5
+    screen.error(
+        f"a fault of CircuitLab itself: {type(error).__name__}: {error}; please report it, with what "
+        f"--debug-traceback shows"
+    )
+    return 1
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    screen.error("terminated")
+    sys.exit(143)

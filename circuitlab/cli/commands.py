@@ -1,0 +1,258 @@
+"""The command group and every command but ``trace``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from circuitlab.cli import screen
+
+
+class Lazy(click.Group):
+    """A group whose trace command is built only when it is needed, since it loads every plugin."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, ``trace`` first."""
+        return ["trace", *(name for name in super().list_commands(ctx) if name != "trace")]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A command; the real ``trace`` unless only its help line is wanted."""
+        if name == "trace":
+            from circuitlab.cli.trace import trace
+
+            return trace
+        return super().get_command(ctx, name)
+
+
+EXAMPLES = """\b
+Examples:
+  circuitlab trace --model ioi-mini --output circuit.svg
+  circuitlab trace --model ./my-gpt2 --task-file pairs.json --top 60 --output circuit.json
+  circuitlab render circuit.json --output circuit.pdf
+"""
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.version_option(package_name="circuitlab")
+@click.option("--no-color", is_flag=True, envvar="CIRCUITLAB_NO_COLOR", help="No escape sequences.")
+@click.option("--debug-traceback", is_flag=True, help="Show the traceback of an error.")
+def circuitlab(no_color: bool, debug_traceback: bool) -> None:
+    """Find which components of a transformer do the work, and through which edges."""
+    if no_color:
+        screen.Screen.color = False
+
+
+@circuitlab.command()
+@click.argument("circuit", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), multiple=True, required=True,
+    help="File to write; its suffix names the format. May be given several times.",
+)  # fmt: skip
+@click.option("--top", type=click.IntRange(min=0), help="Draw only the strongest edges.")
+def render(circuit: Path, output: tuple[Path, ...], top: int | None) -> None:
+    """Draw or convert a circuit that was traced before."""
+    from circuitlab.export import find_exporter, read_circuit, write_circuit
+
+    for path in output:
+        find_exporter(path)
+    graph = read_circuit(circuit)
+    if top is not None:
+        graph = graph.top(top)
+    for path in output:
+        for warning in write_circuit(graph, path):
+            screen.warn(warning)
+        screen.out(str(path))
+
+
+@circuitlab.group(invoke_without_command=True)
+@click.pass_context
+def plugins(ctx: click.Context) -> None:
+    """Show installed plugins, what they offer, and which are broken."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_plugins)
+
+
+@plugins.command("list")
+def list_plugins() -> None:
+    """One row for each plugin."""
+    from circuitlab.registry import Registry
+
+    with screen.quiet_stdout():
+        registry = Registry.load()
+    rows = []
+    for info in registry.plugins.values():
+        offers = ", ".join(offer.partition(":")[2] for offer in info.offers)
+        hooks = "FAILED" if info.failure else ", ".join(info.hooks)
+        rows.append((info.name, f"{info.distribution} {info.version}", hooks, info.failure or offers))
+    screen.table(("plugin", "distribution", "hooks", "offers"), rows)
+
+
+@circuitlab.group(invoke_without_command=True)
+@click.pass_context
+def models(ctx: click.Context) -> None:
+    """Show the bundled models; check or train one."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_models)
+
+
+@models.command("list")
+def list_models() -> None:
+    """One row for each bundled model."""
+    from circuitlab import zoo
+
+    rows = [(m.name, m.kind, m.shape, m.description) for m in zoo.MODELS.values()]
+    screen.table(("model", "weights", "shape", "what it does"), rows)
+
+
+@models.command("check")
+@click.argument("model")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code the model carries.")
+@click.option("--allow-pickle", is_flag=True, help="Read weights from a pickle.")
+def check_model(model: str, device: str, trust_remote_code: bool, allow_pickle: bool) -> None:
+    """Load MODEL and show its self-check."""
+    _show_checks(model, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+
+
+@models.command("train")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to save it in.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Fewer or more than the recipe's.")
+def train_model(model: str, output: Path | None, seed: int, steps: int | None) -> None:
+    """Train a bundled MODEL again by its recipe."""
+    from circuitlab import zoo
+
+    folder = output or Path(f"{model}-seed{seed}")
+    if folder.exists():
+        raise click.UsageError(f"folder {str(folder)!r} exists; give another with --output")
+    with screen.progress() as listener:
+
+        def show(step: int, total: int, values: dict[str, float]) -> None:
+            listener(f"training {model}", step, total)
+
+        module, tokenizer, metrics = zoo.train(model, seed=seed, steps=steps, progress=show)
+    zoo.save(module, tokenizer, folder)
+    found = {name: f"{value:.4g}" for name, value in metrics.items()}
+    screen.pairs(model, {**found, "saved in": str(folder)})
+
+
+@circuitlab.group(invoke_without_command=True)
+@click.pass_context
+def tasks(ctx: click.Context) -> None:
+    """Show named tasks; begin or check a task file."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_tasks)
+
+
+@tasks.command("list")
+def list_tasks() -> None:
+    """One row for each named task."""
+    from circuitlab.registry import Registry
+
+    with screen.quiet_stdout():
+        registry = Registry.load()
+    rows = [(t.name, str(len(t.pairs)), t.metric, t.description) for t in registry.tasks.values()]
+    screen.table(("task", "pairs", "metric", "what the model has to do"), rows)
+
+
+@tasks.command("show")
+@click.argument("name")
+def show_task(name: str) -> None:
+    """Print the task NAME in the layout of a task file."""
+    import json
+
+    from circuitlab.registry import Registry
+
+    with screen.quiet_stdout():
+        registry = Registry.load()
+    if name not in registry.tasks:
+        raise click.UsageError(f"no task {name!r}; tasks are {', '.join(sorted(registry.tasks))}")
+    screen.out(json.dumps(registry.tasks[name].to_json(), indent=1))
+
+
+@tasks.command("init")
+@click.argument("path", type=click.Path(path_type=Path))
+def init_task(path: Path) -> None:
+    """Write an example task file at PATH to start from."""
+    from circuitlab.task_files import write_task
+    from circuitlab.tasks import Task
+
+    if path.exists():
+        raise click.UsageError(f"{str(path)!r} exists; give another name")
+    clean = "When Mary and John went to the store, John gave a drink to"
+    corrupt = "When Mary and John went to the store, Mary gave a drink to"
+    write_task(Task.from_pair(clean, corrupt, " Mary", " John", name="my-task"), path)
+    screen.out(str(path))
+
+
+@tasks.command("validate")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-m", "--model", help="Also check the prompts against this model's tokenizer.")
+def validate_task(path: Path, model: str | None) -> None:
+    """Check the task file at PATH."""
+    from circuitlab.task_files import read_task
+
+    task = read_task(path)
+    values = {"task": task.name, "pairs": str(len(task.pairs)), "metric": task.metric}
+    if model is not None:
+        from circuitlab.loading import load_model
+
+        pairs = load_model(model).encode(task)
+        for warning in pairs.warnings:
+            screen.warn(warning)
+        values["positions"] = str(pairs.clean.ids.shape[1])
+    screen.pairs("valid", values)
+
+
+#: Packages whose versions matter, and the newest that was tested.
+TESTED = {"torch": "2.13", "transformers": "5.23", "nnsight": "0.8", "networkx": "3.6", "pluggy": "1.7"}
+
+
+@circuitlab.command()
+@click.argument("model", required=False)
+def doctor(model: str | None) -> None:
+    """Show what is installed and whether it works; with MODEL, its self-check too."""
+    from importlib.metadata import version
+
+    from circuitlab.registry import Registry
+    from circuitlab.render import graphviz_version
+
+    values = {"python": sys.version.split()[0]}
+    for package in ("circuitlab", *TESTED):
+        found = version(package)
+        values[package] = found
+        tested = TESTED.get(package)
+        if tested and not found.startswith(tested + ".") and found != tested:
+            values[package] += f" (tested with {tested})"
+    values["graphviz"] = graphviz_version() or "NOT FOUND: pictures use the built-in layout, SVG only"
+    torch = importlib.import_module("torch")
+    values["devices"] = "cpu" + (f", cuda x{n}" if (n := torch.cuda.device_count()) else "")
+    with screen.quiet_stdout():
+        registry = Registry.load()
+    values["plugins"] = ", ".join(n for n, i in registry.plugins.items() if not i.failure)
+    for info in registry.failed:
+        values[f"plugin {info.name}"] = f"NOT LOADED: {info.failure}"
+    screen.pairs("CircuitLab", values)
+    if model is not None:
+        _show_checks(model, "auto")
+
+
+def _show_checks(source: str, device: str, **allowed: Any) -> None:
+    """Load a model without refusing it, show every check, and fail when one does."""
+    from circuitlab.checks import require, run_checks
+    from circuitlab.loading import load_unchecked
+
+    model, plain = load_unchecked(source, device=device, **allowed)
+    checks = run_checks(model, plain)
+    rows = [
+        ("holds" if c.passed else "FAILS", c.name, f"{c.difference:.1e}", f"{c.tolerance:.1e}")
+        for c in checks
+    ]
+    screen.out(repr(model))
+    screen.table(("", "check", "difference", "tolerance"), rows)
+    require(model, checks)

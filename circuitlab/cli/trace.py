@@ -1,0 +1,354 @@
+"""``circuitlab trace``: one command for each installed analysis, its options from its signature."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from circuitlab.cli import result, screen
+from circuitlab.errors import OptionError, QualityError, TaskError
+from circuitlab.options import Option
+from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry
+
+if TYPE_CHECKING:
+    from circuitlab.tasks import Task
+
+METRICS = ("logit-difference", "answer-log-prob", "kl-divergence")
+
+EPILOG = """\b
+Examples:
+  circuitlab trace --model ioi-mini --output circuit.svg
+  circuitlab trace --model induction --method eap --top 60 --output a.json --output a.pdf
+  circuitlab trace --model ./gpt2 --clean "..." --corrupt "..." --answer " Mary" --wrong " John"
+"""
+
+
+class AnalysisOption(click.ParamType[Any]):
+    """An analysis's option as click reads it: any of its types, or one of its words."""
+
+    def __init__(self, option: Option) -> None:
+        self.option = option
+        self.name = "|".join([*(kind.__name__.upper() for kind in option.types), *option.choices])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value that a text means, or a usage error that says what is accepted."""
+        if not isinstance(value, str):
+            if self.option.accepts(value):
+                return value
+            value = str(value)
+        try:
+            return self.option.parse(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+class TraceGroup(click.Group):
+    """Installed analyses as commands; without a name, the default one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._registry: Registry | None = None
+
+    @property
+    def registry(self) -> Registry:
+        """The installed plugins, loaded once; each broken one is one warning line."""
+        if self._registry is None:
+            with screen.quiet_stdout():
+                self._registry = Registry.load()
+            for info in self._registry.failed:
+                screen.warn(info.warning)
+        return self._registry
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put in the default analysis where none is named."""
+        if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
+            args = [DEFAULT_ANALYSIS, *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all analyses, the default first."""
+        return sorted(self.registry.analyses, key=lambda name: (name != DEFAULT_ANALYSIS, name))
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of one analysis."""
+        if name in self.registry.analyses:
+            return _command(self.registry, self.registry.analyses[name])
+        failed = self.registry.plugins.get(name)
+        if failed is not None and failed.failure:
+            self.registry.analysis(name)  # raises: it was asked for
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Every analysis with its summary, and its options under it."""
+        for name in self.list_commands(ctx):
+            analysis = self.registry.analyses[name]
+            default = " (the default)" if name == DEFAULT_ANALYSIS else ""
+            with formatter.section(f"{name}{default}"):
+                if analysis.summary:
+                    formatter.write_text(analysis.summary)
+                rows = [r for o in analysis.options if (r := _click_option(o).get_help_record(ctx))]
+                if rows:
+                    formatter.write_dl(rows)
+        formatter.write_paragraph()
+        formatter.write_text(
+            f"Options of every analysis: circuitlab trace {DEFAULT_ANALYSIS} --help"
+        )
+
+
+trace = TraceGroup(
+    name="trace",
+    help="Find a circuit: run an analysis of a model on a task.",
+    epilog=EPILOG,
+    subcommand_metavar="[ANALYSIS] [OPTIONS]",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _command(registry: Registry, analysis: Analysis) -> click.Command:
+    """The command of one analysis: its own options first, then those every analysis has."""
+
+    def run(**values: Any) -> None:
+        _trace(registry, analysis, values)
+
+    return click.Command(
+        analysis.name,
+        callback=run,
+        params=[*(_click_option(option) for option in analysis.options), *_common()],
+        help=analysis.summary,
+        epilog=EPILOG,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def _click_option(option: Option) -> click.Option:
+    settings: dict[str, Any] = {
+        "default": option.default,
+        "help": option.help or None,
+        "show_default": option.default is not None,
+        "envvar": f"CIRCUITLAB_{option.name.upper()}",
+    }
+    if option.types == (bool,):
+        return click.Option([f"{option.flag}/--no-{option.flag[2:]}"], **settings)
+    return click.Option([option.flag], type=AnalysisOption(option), **settings)
+
+
+def _common() -> list[click.Option]:
+    """The flags every analysis has."""
+    path = click.Path(path_type=Path)
+
+    def option(*names: str, **settings: Any) -> click.Option:
+        flag = max(names, key=len).split("/")[0].lstrip("-").replace("-", "_")
+        settings.setdefault("envvar", f"CIRCUITLAB_{flag.upper()}")
+        return click.Option(list(names), **settings)
+
+    return [
+        option("-m", "--model", default="ioi-mini", show_default=True,
+               help="Bundled name, folder, or hub id."),
+        option("-t", "--task", help="Named task, or a task file; by default the model's own."),
+        option("-f", "--task-file", type=path, help="Task file: .json .jsonl .csv .toml"),
+        option("--clean", help="Clean prompt of a single pair."),
+        option("--corrupt", help="Its corrupt prompt."),
+        option("--answer", multiple=True, help="Right next token; may be repeated."),
+        option("--wrong", multiple=True, help="Wrong next token; may be repeated."),
+        option("--metric", type=click.Choice(METRICS), help="Instead of the task's own."),
+        option("--align", type=click.Choice(("refuse", "pad", "drop")),
+               help="Pairs whose prompts differ in length."),
+        option("--n-prompts", type=click.IntRange(min=1), help="Use only the first pairs."),
+        option("--allow-weak", is_flag=True, help="Go on when the effect is within its noise."),
+        option("-o", "--output", type=path, multiple=True,
+               help="File to write; the suffix names the format. May be repeated."),
+        option("--annotate", multiple=True, help="Plugin that annotates the finished circuit."),
+        option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+        option("--dtype", type=click.Choice(("float32", "bfloat16", "float16", "float64")),
+               default="float32", show_default=True, help="Type the weights are loaded in."),
+        option("--seed", default=0, show_default=True, help="For what is drawn at random."),
+        option("--revision", help="Commit, branch or tag of a hub model."),
+        option("--offline", is_flag=True, help="Never ask the hub."),
+        option("--trust-remote-code", is_flag=True, help="Run code the model carries."),
+        option("--allow-pickle", is_flag=True, help="Read weights from a pickle."),
+        option("--fail-under", multiple=True, metavar="NAME=X",
+               help="Exit 7 when a metric of the result is below X."),
+        option("--config", type=path, is_eager=True, expose_value=False, callback=_read_config,
+               help="TOML file with any of these flags."),
+        option("--dry-run", is_flag=True, help="Show every setting and where it is from; stop."),
+        option("--json", is_flag=True, help="The result as one JSON document on stdout."),
+        option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
+        option("--progress/--no-progress", default=True, help="Show progress."),
+        option("--color/--no-color", default=True, help="Colours on a terminal."),
+        option("--debug-traceback", is_flag=True, help="Show the traceback of an error."),
+    ]  # fmt: skip
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Take a TOML file's values as defaults; an unknown key is refused."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise TaskError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TaskError(f"config {str(path)!r} is not TOML: {error}") from error
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    known = {p.name for p in ctx.command.params}
+    unknown = sorted(set(named) - known)
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], sorted(filter(None, known)), 1)
+        hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
+        raise TaskError(f"config {str(path)!r}: no flag is called {unknown[0]!r}{hint}")
+    ctx.default_map = {**(ctx.default_map or {}), **named}
+
+
+def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> None:
+    """Resolve the settings, run the analysis, write the files, show the result."""
+    screen.Screen.quiet = values["quiet"]
+    screen.Screen.progress = values["progress"]
+    screen.Screen.color = screen.Screen.color and values["color"]
+    if values["dry_run"]:
+        _show_settings(analysis)
+        return
+    thresholds = [result.threshold(text) for text in values["fail_under"]]
+    # Everything that can be refused without loading a model is refused first.
+    exporters = {path: _exporter(registry, path) for path in values["output"]}
+    task = _task(values)
+    if values["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    options = {option.name: values[option.name] for option in analysis.options}
+    with screen.progress() as listener, screen.quiet_stdout():
+        circuit = _build(registry, analysis, task, values, options, listener)
+        written = []
+        for path in exporters:
+            from circuitlab.export import write_circuit
+
+            written += write_circuit(circuit, path, registry.exporters)
+    warnings = [*circuit.graph["warnings"], *written]
+    run_id = uuid.uuid4().hex[:12]
+    for warning in warnings:
+        screen.warn(warning)
+    result.show(circuit, list(exporters), warnings, run_id, as_json=values["json"])
+    for name, least in thresholds:
+        found = result.metrics(circuit).get(name)
+        if found is None or found < least:
+            raise QualityError(
+                f"{name} is {'undefined' if found is None else f'{found:.4g}'}, below the {least:g} "
+                f"that --fail-under asks for"
+            )
+
+
+def _build(
+    registry: Registry,
+    analysis: Analysis,
+    task: Task | str | None,
+    values: dict[str, Any],
+    options: dict[str, Any],
+    listener: Any,
+) -> Any:
+    from circuitlab.progress import listening
+
+    screen.say(f"loading {values['model']} …")
+    from circuitlab.builder import build_circuit
+    from circuitlab.loading import load_model
+
+    model = load_model(
+        values["model"],
+        device=values["device"],
+        dtype=values["dtype"],
+        revision=values["revision"],
+        trust_remote_code=values["trust_remote_code"],
+        allow_pickle=values["allow_pickle"],
+        registry=registry,
+    )
+    revision = f" at {model.revision}" if model.revision else ""
+    screen.say(f"{model!r}{revision}")
+    with listening(listener):
+        return build_circuit(
+            model,
+            task,
+            analysis.name,
+            metric=values["metric"],
+            n_pairs=values["n_prompts"],
+            align=values["align"],
+            allow_weak=values["allow_weak"],
+            annotate=values["annotate"],
+            seed=values["seed"],
+            registry=registry,
+            **options,
+        )
+
+
+def _exporter(registry: Registry, path: Path) -> Any:
+    from circuitlab.export import find_exporter
+
+    return find_exporter(path, registry.exporters)
+
+
+def _task(values: dict[str, Any]) -> Task | str | None:
+    """The task the flags mean: a name, a file, or one pair; at most one of them."""
+    pair = [values["clean"], values["corrupt"], values["answer"], values["wrong"]]
+    ways = [values["task"], values["task_file"], any(pair)]
+    if sum(map(bool, ways)) > 1:
+        raise click.UsageError("give one of --task, --task-file, or --clean with --corrupt and --answer")
+    if any(pair):
+        from circuitlab.tasks import Task
+
+        if not (values["clean"] and values["corrupt"] and values["answer"]):
+            raise click.UsageError("a single pair needs --clean, --corrupt and --answer")
+        return Task.from_pair(
+            _prompt(values["clean"]),
+            _prompt(values["corrupt"]),
+            [_answer(text) for text in values["answer"]],
+            [_answer(text) for text in values["wrong"]],
+        )
+    name = values["task"]
+    path = values["task_file"] or (Path(name) if name and Path(name).suffix else None)
+    if path is not None:
+        from circuitlab.task_files import read_task
+
+        return read_task(path)
+    return str(name) if name else None
+
+
+def _prompt(text: str) -> str | list[int]:
+    """Text, or token ids written as ``[3, 14, 15]``."""
+    if text.startswith("[") and text.endswith("]"):
+        parts = text[1:-1].replace(",", " ").split()
+        if parts and all(part.isdecimal() for part in parts):
+            return [int(part) for part in parts]
+    return text
+
+
+def _answer(text: str) -> str | int:
+    """Text, or a token id written as ``[7]``."""
+    ids = _prompt(text)
+    return ids[0] if isinstance(ids, list) and len(ids) == 1 else text
+
+
+def _show_settings(analysis: Analysis) -> None:
+    ctx = click.get_current_context()
+    origins = {
+        ParameterSource.COMMANDLINE: "flag",
+        ParameterSource.ENVIRONMENT: "environment",
+        ParameterSource.DEFAULT_MAP: "config file",
+        ParameterSource.DEFAULT: "default",
+    }
+    rows = [("analysis", analysis.name, "command")]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name not in ctx.params or name in ("dry_run", "help"):
+            continue
+        value = ctx.params[name]
+        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        source = ctx.get_parameter_source(name)
+        origin = origins.get(source, "default") if source else "default"
+        rows.append((name.replace("_", "-"), shown, origin))
+    screen.table(("setting", "value", "from"), rows)
+    sys.stdout.flush()

@@ -1,0 +1,164 @@
+"""CircuitGraph: components, the effects between them, and where they came from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import networkx as nx
+
+from circuitlab.errors import GraphError
+
+SCHEMA = "circuitlab-circuit/1"
+
+#: Words of a score where an analysis says nothing else.
+EDGE_SCORE = (
+    "metric(edge patched) - metric(reference), mean over pairs; negative = the edge helps the task"
+)
+
+
+class CircuitGraph(nx.MultiDiGraph):  # type: ignore[type-arg]  # networkx is untyped at run time
+    """A circuit: a ``networkx.MultiDiGraph`` of components and effects, with its provenance.
+
+    * A node is a component: ``input``, ``a9.h6``, ``m5``, ``logits``; its data are at least ``kind``
+      and ``layer``.
+    * An edge ``(source, target, key)`` is an effect; ``key`` is the port, ``"q"``, ``"k"``, ``"v"``
+      or ``""``; its data are at least ``score``, a finite float.
+    * ``graph.graph`` is the provenance; ``graph.graph["score"]`` says in words what a score is.
+
+    Every networkx algorithm works on it; copies and subgraphs are CircuitGraphs again.
+    """
+
+    def add_component(
+        self, name: str, *, kind: str, layer: int, **data: Any
+    ) -> str:
+        """Add a component and return its name.
+
+        Args:
+            name: Unique; by convention ``input``, ``a{layer}.h{head}``, ``m{layer}``, ``logits``.
+            kind: ``input``, ``head``, ``mlp``, ``logits``, or a plugin's own word.
+            layer: Block the component belongs to; ``n_layers`` for ``logits``.
+            **data: Plain JSON values kept with the node.
+        """
+        self.add_node(name, kind=kind, layer=layer, **data)
+        return name
+
+    def add_effect(self, source: str, target: str, score: float, *, port: str = "", **data: Any) -> None:
+        """Add the effect of ``source`` on ``target`` through ``port``, replacing an earlier one.
+
+        Args:
+            score: Finite; see ``graph["score"]`` for its meaning and sign.
+            port: ``"q"``, ``"k"``, ``"v"``, or ``""`` where the target has one input.
+            **data: Plain JSON values kept with the edge.
+
+        Raises:
+            GraphError: an end is not in the graph, or the score is not a finite number.
+        """
+        for end in (source, target):
+            if end not in self:
+                raise GraphError(
+                    f"effect {effect_name(source, target, port)}: component {end!r} is not in the "
+                    f"graph; add it with add_component first"
+                )
+        value = float(score)
+        if not math.isfinite(value):
+            raise GraphError(
+                f"effect {effect_name(source, target, port)} has score {value}; "
+                f"a score must be finite: leave an effect out when it was not measured"
+            )
+        self.add_edge(source, target, key=port, score=value, **data)
+
+    def effects(self) -> Iterator[tuple[str, str, str, float]]:
+        """(source, target, port, score) of every effect, strongest first, ties by name."""
+        effects = [(s, t, str(p), float(d["score"])) for s, t, p, d in self.edges(keys=True, data=True)]
+        return iter(sorted(effects, key=lambda e: (-abs(e[3]), e[:3])))
+
+    def top(self, n: int) -> Self:
+        """The circuit of the ``n`` strongest effects and the components they join."""
+        kept = [(s, t, p) for (s, t, p, _), _ in zip(self.effects(), range(n), strict=False)]
+        circuit: Self = self.edge_subgraph(kept).copy()
+        return circuit
+
+    def prune(self) -> Self:
+        """The circuit without what lies on no path from ``input`` to ``logits``."""
+        if "input" not in self or "logits" not in self:
+            circuit: Self = self.edge_subgraph([]).copy()
+            return circuit
+        alive = (nx.descendants(self, "input") | {"input"}) & (nx.ancestors(self, "logits") | {"logits"})
+        circuit = self.subgraph(alive).copy()
+        return circuit
+
+    def validate(self) -> None:
+        """Check what every circuit must hold: kinds, layers, finite scores, no cycle.
+
+        Raises:
+            GraphError: names the first component or effect that fails, and why.
+        """
+        for name, data in self.nodes(data=True):
+            if not isinstance(name, str):
+                raise GraphError(f"component {name!r} is named by a {type(name).__name__}, not a str")
+            for field, kind in (("kind", str), ("layer", int)):
+                if not isinstance(data.get(field), kind):
+                    raise GraphError(
+                        f"component {name!r} has {field} {data.get(field)!r}; "
+                        f"it needs a {kind.__name__}: add components with add_component"
+                    )
+        for source, target, port, data in self.edges(keys=True, data=True):
+            label = effect_name(source, target, str(port))
+            if not isinstance(port, str):
+                raise GraphError(f"effect {label} has port {port!r}, not a str: use add_effect")
+            score = data.get("score")
+            if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+                raise GraphError(f"effect {label} has score {score!r}; it needs a finite number")
+        if not nx.is_directed_acyclic_graph(self):
+            cycle = " -> ".join(str(edge[0]) for edge in nx.find_cycle(self))
+            raise GraphError(f"the circuit has a cycle: {cycle}; effects must run forward")
+
+    def to_json(self) -> str:
+        """The circuit as networkx node-link JSON, one document, keys sorted, no NaN.
+
+        Raises:
+            GraphError: a value is NaN, infinite, or not plain JSON.
+        """
+        document = {"schema": SCHEMA, **nx.node_link_data(self, edges="edges")}
+        try:
+            return json.dumps(document, allow_nan=False, sort_keys=True, indent=1) + "\n"
+        except (TypeError, ValueError) as error:
+            raise GraphError(f"the circuit cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            GraphError: the text is not such a document.
+        """
+        try:
+            document = json.loads(text, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise GraphError(f"not a circuit: {error}") from error
+        if not isinstance(document, Mapping) or not {"graph", "nodes", "edges"} <= document.keys():
+            raise GraphError(
+                "not a circuit: the JSON has no graph, nodes and edges; "
+                "a circuit is written by `circuitlab trace --output circuit.json`"
+            )
+        try:
+            plain = nx.node_link_graph(
+                {**document, "directed": True, "multigraph": True}, edges="edges"
+            )
+        except (nx.NetworkXError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise GraphError(f"not a circuit: a node or edge is malformed ({error!r})") from error
+        circuit = cls(plain)
+        circuit.validate()
+        return circuit
+
+
+def effect_name(source: str, target: str, port: str = "") -> str:
+    """``a0.h1 → a1.h0:k``, the way an effect is written for people."""
+    return f"{source} → {target}{':' + port if port else ''}"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON; a score must be finite")

@@ -1,0 +1,69 @@
+"""The five hooks a plugin can implement. A plugin is a module named by a ``circuitlab`` entry point.
+
+Arguments are only ever added, and an implementation may take a subset of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PretrainedConfig
+
+    from circuitlab.architectures import Architecture
+    from circuitlab.graph import CircuitGraph
+    from circuitlab.tasks import Task
+    from circuitlab.tracing import TracedModel
+
+    AnalysisFunction = Callable[..., CircuitGraph]
+    Exporter = Callable[[CircuitGraph, Path], Any]
+
+hookspec = pluggy.HookspecMarker("circuitlab")
+hookimpl = pluggy.HookimplMarker("circuitlab")
+
+
+@hookspec
+def register_analyses(register: Callable[[str, AnalysisFunction], None]) -> None:
+    """Offer analyses: call ``register(name, function)`` once for each.
+
+    ``function(model: TracedModel, task: Task, *, option=default, ...) -> CircuitGraph``. The name is
+    kebab-case and unique over all installed plugins. Keyword-only parameters are the options, typed
+    int, float, str, bool, Path or Literal, or a union of these with Literal or None; help text by
+    ``Annotated[int, "..."]``. The docstring's first line is the analysis's help. Called for ``--help``
+    too: do not import torch or run a model here.
+    """
+
+
+@hookspec
+def register_tasks(register: Callable[[Task], None]) -> None:
+    """Offer named tasks for ``--task NAME``: call ``register(task)`` once for each."""
+
+
+@hookspec(firstresult=True)
+def adapt_architecture(config: PretrainedConfig) -> Architecture | None:
+    """Say where a model family keeps its attention, MLPs and norms; None if it is not yours.
+
+    The first answer wins; the core's own come last, so a plugin can override them.
+    """
+
+
+@hookspec
+def register_exporters(register: Callable[[str, Exporter], None]) -> None:
+    """Offer file formats: call ``register(".suffix", write)``.
+
+    ``write(circuit: CircuitGraph, path: Path)`` writes the whole file at ``path``; CircuitLab moves
+    it into place once it is complete.
+    """
+
+
+@hookspec
+def annotate_circuit(circuit: CircuitGraph, model: TracedModel, task: Task) -> None:
+    """Add node or edge data to a finished circuit, in place; never add or remove nodes.
+
+    Called only for plugins named by ``--annotate``.
+    """

@@ -1,0 +1,231 @@
+"""Legend and caption: what colours and widths mean, and where the circuit came from.
+
+:func:`compose` puts them under the drawn components and effects and gives the whole picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from circuitlab.errors import GraphError
+from circuitlab.graph import EDGE_SCORE, CircuitGraph
+from circuitlab.labels import clip, visible
+from circuitlab.layout import (
+    Places,
+    Selection,
+    boxes,
+    colour,
+    curves,
+    line_width,
+    number,
+    numbers,
+)
+from circuitlab.scene import Box, Curve, Point, Scene, Text, text_width
+from circuitlab.wiring import Wiring
+
+_MARGIN = 12.0
+_MIN_WIDTH = 300.0
+_SIZE = 8.5
+_ROW = 14.0
+_SAMPLE = 22.0
+_GREY, _RED = "#555555", "#C00000"
+
+_Item = tuple[float, list[Curve], list[Text]]
+
+
+def compose(circuit: CircuitGraph, selection: Selection, places: Places) -> Scene:
+    """The whole picture: components and effects, the legend under them, the caption under that."""
+    drawn = boxes(selection, places)
+    lines = curves(selection, places)
+    written = numbers(selection, places)
+    left, bottom, right, top = _extent(drawn, lines, written)
+    content = max(right - left, _MIN_WIDTH)
+    rows = _flow(_legend(circuit, selection), content)
+    text = _caption_rows(circuit, selection, content)
+    under = _ROW * (len(rows) + len(text)) + (10 if rows else 0) + 10
+    width, height = content + 2 * _MARGIN, top - bottom + under + 2 * _MARGIN
+
+    dx = _MARGIN + (content - (right - left)) / 2 - left
+    dy = _MARGIN + under - bottom
+    drawn = [_move_box(box, dx, dy) for box in drawn]
+    lines = [_move_curve(curve, dx, dy) for curve in lines]
+    written = [replace(t, x=t.x + dx, y=t.y + dy) for t in written]
+    y = _MARGIN + under - 16
+    for items in rows:
+        x = _MARGIN
+        for item_width, item_lines, item_texts in items:
+            lines += [_move_curve(curve, x, y) for curve in item_lines]
+            written += [replace(t, x=t.x + x, y=t.y + y) for t in item_texts]
+            x += item_width + 16
+        y -= _ROW
+    y -= 4 if rows else 0
+    for line in text:
+        written.append(replace(line, x=_MARGIN, y=y))
+        y -= _ROW
+    return Scene(width, height, " ".join(caption(circuit, selection)), lines, drawn, written)
+
+
+def caption(circuit: CircuitGraph, selection: Selection) -> list[str]:
+    """The caption, without its verdict: model, task, metric and method; then what is shown."""
+    graph = circuit.graph
+    words = [_word(graph.get(key)) for key in ("model", "task", "metric")]
+    words.append(_word(graph.get("method") or graph.get("analysis")))
+    first = " · ".join(word for word in words if word)
+    shown, whole = len(selection.effects), selection.n_effects
+    total = n_edges(circuit)
+    if shown < whole:
+        second = f"showing the strongest {shown:,} of {whole:,} edges"
+        second += f" (the model has {total:,})" if total is not None and total > whole else ""
+        second += "; equal scores by name" if selection.tied else ""
+    elif total is not None and total > shown:
+        second = f"showing {shown:,} of {total:,} edges"
+    else:
+        second = f"showing all {shown:,} edges" if shown != 1 else "showing 1 edge"
+    score = graph.get("score")
+    third = f"score: {_word(score, 200)}" if score and not _helps(circuit) else ""
+    return [line for line in (first, second, third) if line]
+
+
+def verdict(circuit: CircuitGraph) -> str:
+    """The warning that a circuit which its own check did not establish must carry, or ``""``."""
+    if circuit.graph.get("verdict") != "not established":
+        return ""
+    reason = _word(circuit.graph.get("verdict_reason"), 400) or "no reason was recorded"
+    return f"NOT ESTABLISHED: {reason}"
+
+
+def n_edges(circuit: CircuitGraph) -> int | None:
+    """Number of edges of the traced model, q, k and v counted apart; None where it is not known."""
+    graph = circuit.graph
+    stated = graph.get("n_edges")
+    if isinstance(stated, int) and not isinstance(stated, bool):
+        return stated
+    layers, heads = graph.get("n_layers"), graph.get("n_heads")
+    if not isinstance(layers, int) or not isinstance(heads, int):
+        return None
+    wiring = Wiring(layers, heads, bool(graph.get("parallel", False)))
+    try:
+        for name in circuit:
+            wiring.component(name)
+    except (GraphError, TypeError):
+        return None
+    return wiring.n_edges
+
+
+def sign_words(circuit: CircuitGraph) -> tuple[str, str]:
+    """What a negative and a positive score mean."""
+    if _helps(circuit):
+        return "helps the task (−)", "hurts the task (+)"
+    return "negative", "positive"
+
+
+def _helps(circuit: CircuitGraph) -> bool:
+    """Whether a negative score means that the edge helps, as it does unless a plugin says else."""
+    score = str(circuit.graph.get("score", EDGE_SCORE))
+    return "negative = the edge helps" in score or "negative helps" in score
+
+
+def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
+    if not selection.effects:
+        return []
+    dashed = not selection.established
+    items: list[_Item] = []
+    for sign, words in zip((-1.0, 1.0), sign_words(circuit), strict=True):
+        if any((effect.score < 0) == (sign < 0) for effect in selection.effects):
+            line = _sample(0.0, 2.2, colour(sign, selection.established), dashed)
+            items.append((_SAMPLE + 5 + _wide(words), [line], [_words(_SAMPLE + 5, words)]))
+    low, high = selection.scores
+    texts, lines, x = [_words(0, "|score|")], [], _wide("|score|") + 6
+    for size in (low, high) if low < high else (high,):
+        figure = number(size).lstrip("+")
+        lines.append(_sample(x, line_width(size / high if high else 0.0), "#555555", dashed))
+        texts.append(_words(x + _SAMPLE + 4, figure))
+        x += _SAMPLE + 4 + _wide(figure) + 8
+    items.append((x - 8, lines, texts))
+    ports = {effect.port for effect in selection.effects}
+    if ports & {"q", "k", "v"}:
+        words = "q, k, v: read as query, key, value"
+        items.append((_wide(words), [], [_words(0, words)]))
+    return items
+
+
+def _flow(items: list[_Item], width: float) -> list[list[_Item]]:
+    rows: list[list[_Item]] = []
+    used = width + 1
+    for item in items:
+        if used + 16 + item[0] > width:
+            rows.append([])
+            used = -16.0
+        rows[-1].append(item)
+        used += 16 + item[0]
+    return rows
+
+
+def _caption_rows(circuit: CircuitGraph, selection: Selection, width: float) -> list[Text]:
+    rows: list[Text] = []
+    warning = verdict(circuit)
+    rows += [
+        Text(0, 0, line, 9.5, _RED, True, "start") for line in _wrap(warning, width, 9.5, bold=True)
+    ]
+    for index, line in enumerate(caption(circuit, selection)):
+        shade = "#222222" if index == 0 else _GREY
+        rows += [Text(0, 0, part, 9.0, shade, False, "start") for part in _wrap(line, width, 9.0)]
+    return rows
+
+
+def _wrap(text: str, width: float, size: float, bold: bool = False) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(joined, size, bold) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    most = max(8, int(width / (0.6 * size)))
+    return [clip(line, most) if text_width(line, size) > width else line for line in lines]
+
+
+def _word(value: Any, width: int = 60) -> str:
+    if isinstance(value, Mapping):
+        value = value.get("name", "")
+    return clip(visible(str(value)), width) if value not in (None, "") else ""
+
+
+def _words(x: float, text: str) -> Text:
+    return Text(x, 0, text, _SIZE, _GREY, anchor="start")
+
+
+def _wide(text: str) -> float:
+    return text_width(text, _SIZE)
+
+
+def _sample(x: float, width: float, shade: str, dashed: bool) -> Curve:
+    third = _SAMPLE / 3
+    points = tuple((x + step * third, 0.0) for step in range(4))
+    return Curve(points, shade, width, dashed=dashed)
+
+
+def _extent(
+    drawn: list[Box], lines: list[Curve], written: list[Text]
+) -> tuple[float, float, float, float]:
+    points: list[Point] = [point for curve in lines for point in curve.points]
+    for box in drawn:
+        points += [(box.x - box.width / 2, box.y - box.height / 2)]
+        points += [(box.x + box.width / 2, box.y + box.height / 2)]
+    for text in written:
+        half = text_width(text.text, text.size) / 2
+        points += [(text.x - half, text.y), (text.x + half, text.y)]
+    xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] or [0.0]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _move_box(box: Box, dx: float, dy: float) -> Box:
+    texts = tuple(replace(text, x=text.x + dx, y=text.y + dy) for text in box.texts)
+    return replace(box, x=box.x + dx, y=box.y + dy, texts=texts)
+
+
+def _move_curve(curve: Curve, dx: float, dy: float) -> Curve:
+    tip = None if curve.tip is None else (curve.tip[0] + dx, curve.tip[1] + dy)
+    return replace(curve, points=tuple((x + dx, y + dy) for x, y in curve.points), tip=tip)

@@ -1,0 +1,279 @@
+"""load_model: a bundled name, a local folder, a hub id, or a live module becomes a TracedModel."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from circuitlab import zoo
+from circuitlab.checks import Probe, probe, require, run_checks
+from circuitlab.errors import ModelError, OptionError
+from circuitlab.registry import Registry, describe
+from circuitlab.tracing import TracedModel
+
+if TYPE_CHECKING:
+    from circuitlab.architectures import Architecture
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+Source = str | Path | nn.Module | tuple[Any, Any] | TracedModel
+
+#: Seconds the hub has to answer before the load is refused.
+HUB_TIMEOUT = "10"
+
+
+def load_model(
+    source: Source,
+    *,
+    device: str = "auto",
+    dtype: DType = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    registry: Registry | None = None,
+) -> TracedModel:
+    """A model whose sites can be read and written, checked against plain Hugging Face.
+
+    Args:
+        source: A bundled name (``circuitlab models``); a folder written by ``save_pretrained``; a
+            hub id; or a live module, alone or as ``(module, tokenizer)``, tokenizer None for
+            prompts of token ids. A live module is put in evaluation mode and keeps its device and
+            dtype; a TracedModel is returned unchanged.
+        device: ``auto`` (CUDA where there is any, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: Type the weights are loaded in.
+        revision: Commit, branch or tag of a hub model.
+        trust_remote_code: Run code that the model's folder or repository carries.
+        allow_pickle: Read ``pytorch_model.bin`` where there are no safetensors.
+        registry: Plugins that may know the family; by default all installed ones.
+
+    Raises:
+        ModelError: it cannot be had, or no plugin knows its family.
+        QualityError: the traced model differs from the plain one.
+        OptionError: the device does not exist.
+    """
+    if isinstance(source, TracedModel):
+        return source
+    model, plain = load_unchecked(
+        source,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        registry=registry,
+    )
+    require(model, run_checks(model, plain))
+    return model
+
+
+def load_unchecked(
+    source: str | Path | nn.Module | tuple[Any, Any],
+    *,
+    device: str = "auto",
+    dtype: DType = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    registry: Registry | None = None,
+) -> tuple[TracedModel, Probe]:
+    """The model of :func:`load_model` before its self-check, and what the plain module says."""
+    task_name = None
+    if isinstance(source, str | Path):
+        where = _device(device)
+        if source in zoo.MODELS:
+            module, tokenizer = zoo.load(str(source))
+            task_name = zoo.MODELS[str(source)].task
+        else:
+            module, tokenizer = _pretrained(str(source), revision, trust_remote_code, allow_pickle)
+            revision = getattr(module.config, "_commit_hash", None) or revision
+        module = module.to(device=where, dtype=getattr(torch, dtype)).requires_grad_(False)
+        name = str(source)
+    else:
+        module, tokenizer = source if isinstance(source, tuple) else (source, None)
+        name = _live_name(module)
+    module.eval()
+    architecture = _architecture(module, name, registry or Registry.load())
+    plain = probe(module)
+    model = TracedModel(
+        module, tokenizer, architecture, name=name, revision=revision, task_name=task_name
+    )
+    return model, plain
+
+
+def _live_name(module: Any) -> str:
+    if not isinstance(module, nn.Module) or not hasattr(module, "config"):
+        raise ModelError(
+            f"{type(module).__name__} is not a Hugging Face model; give a bundled name, a folder, a "
+            f"hub id, or (module, tokenizer)"
+        )
+    return str(getattr(module, "name_or_path", "") or type(module).__name__)
+
+
+def _architecture(module: Any, name: str, registry: Registry) -> Architecture:
+    architecture = registry.adapt(module.config)
+    if architecture is None:
+        known = sorted({i.name for i in registry.plugins.values() if "adapt_architecture" in i.hooks})
+        raise ModelError(
+            f"model {name!r} is of family {module.config.model_type!r} ({type(module).__name__}), "
+            f"which no installed plugin describes (asked: {', '.join(known)}); the core knows GPT-2; "
+            f"no analysis works until a plugin offers adapt_architecture for it"
+        )
+    for path in architecture.module_paths():
+        try:
+            module.get_submodule(path)
+        except AttributeError:
+            raise ModelError(
+                f"model {name!r} was taken for {architecture.family}, but its "
+                f"{type(module).__name__} has no module {path!r}; a plugin can describe it by "
+                f"adapt_architecture"
+            ) from None
+    return architecture
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(
+            f"--device {name} cannot be used: {str(error).splitlines()[0]}; "
+            f"try auto, cpu, cuda, cuda:0 or mps"
+        ) from error
+    return device
+
+
+def _pretrained(
+    source: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool
+) -> tuple[Any, Any]:
+    """Module and tokenizer from a folder or the hub, every weight accounted for."""
+    local = Path(source).is_dir()
+    if not local and (Path(source).exists() or source.startswith((".", "/", "~"))):
+        raise ModelError(
+            f"model {source!r} is not a folder; give a bundled name ({', '.join(zoo.MODELS)}), a "
+            f"folder with config.json and model.safetensors, or a hub id"
+        )
+    if local:
+        _check_folder(Path(source), trust_remote_code, allow_pickle)
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_TIMEOUT)
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_TIMEOUT)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        module, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            attn_implementation="eager",
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the loader raises every kind; each becomes one clear line
+        raise _refusal(source, local, error) from error
+    _check_weights(source, info)
+    return module, _tokenizer(source, revision, trust_remote_code, local)
+
+
+def _check_folder(folder: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
+    config = folder / "config.json"
+    try:
+        described = json.loads(config.read_text("utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"model folder {folder} has no readable config.json ({error.strerror}); "
+            f"write it with model.save_pretrained({str(folder)!r})"
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"{config} is not JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise ModelError(f"{config} does not hold a JSON object")
+    if "auto_map" in described and not trust_remote_code:
+        code = ", ".join(sorted(map(str, described["auto_map"].values())))
+        raise ModelError(
+            f"model folder {folder} wants to run its own code ({code}); read it, then allow it with "
+            f"--trust-remote-code"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    if not any(folder.glob("*.bin")):
+        raise ModelError(f"model folder {folder} has no weights; expected model.safetensors")
+    if not allow_pickle:
+        raise ModelError(
+            f"model folder {folder} has its weights only as a pickle (.bin), which can run code when "
+            f"it is read; save it with safetensors, or trust it with --allow-pickle"
+        )
+
+
+def _check_weights(source: str, info: dict[str, Any]) -> None:
+    """Refuse weights that do not fill the model: the rest would be random."""
+    missing, wrong = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    if missing or wrong:
+        fact = f"lack {missing[0]}" if missing else f"have another shape for {wrong[0]}"
+        raise ModelError(
+            f"the weights of {source!r} {fact} ({len(missing)} missing, {len(wrong)} of the wrong "
+            f"shape): the model would be partly random; save it again with save_pretrained"
+        )
+
+
+def _tokenizer(source: str, revision: str | None, trust_remote_code: bool, local: bool) -> Any:
+    """The tokenizer; None for a folder that has none."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if local and not any((Path(source) / file).exists() for file in files):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+            local_files_only=local,
+            padding_side="left",
+        )
+    except Exception as error:  # as above
+        raise ModelError(f"the tokenizer of {source!r} cannot be read: {describe(error)}") from error
+
+
+def _refusal(source: str, local: bool, error: BaseException) -> ModelError:
+    """One clear line for whatever the loader raised; a token is never part of it."""
+    names = {type(e).__name__ for e in _chain(error)}
+    text = " ".join(str(e) for e in _chain(error))
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"model {source!r} wants to run code of its own; read it in its repository, then allow "
+            f"it with --trust-remote-code"
+        )
+    if local:
+        cause = describe(error)
+        if "SafetensorError" in names or "header" in text.lower():
+            cause = f"the safetensors file is truncated or damaged ({describe(error)})"
+        return ModelError(f"model folder {source!r} cannot be loaded: {cause}")
+    if "GatedRepoError" in names or "401" in text or "403" in text:
+        return ModelError(
+            f"model {source!r} is gated or private: accept its terms on its page, then log in with "
+            f"`hf auth login` or set HF_TOKEN"
+        )
+    if {"RepositoryNotFoundError", "HFValidationError"} & names or "404" in text:
+        return ModelError(
+            f"model {source!r} is not bundled ({', '.join(zoo.MODELS)}), is not a folder here, and "
+            f"the hub has no such repository"
+        )
+    return ModelError(
+        f"model {source!r} is not bundled ({', '.join(zoo.MODELS)}), is not a folder here, and the hub "
+        f"cannot be reached or has no copy in its cache; with a network run `huggingface-cli "
+        f"download {source}` (`hf download {source}` in newer versions), or give a local folder"
+    )
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

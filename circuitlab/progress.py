@@ -1,0 +1,45 @@
+"""Progress: analyses say how far they are; whoever listens decides how to show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+#: Called with (what is being done, steps done, steps in all or None).
+Listener = Callable[[str, int, int | None], None]
+
+_listener: ContextVar[Listener | None] = ContextVar("circuitlab_progress", default=None)
+
+
+def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
+    """The same items, one step of progress after each.
+
+    Args:
+        items: What to go through.
+        description: What is being done, for people: "attributing edges".
+        total: Number of items where ``items`` has no length.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    listener = _listener.get()
+    if listener is None:
+        yield from items
+        return
+    listener(description, 0, total)
+    for number, item in enumerate(items, start=1):
+        yield item
+        listener(description, number, total)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Progress made inside is told to ``listener``."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)

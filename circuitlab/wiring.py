@@ -1,0 +1,127 @@
+"""The residual graph of a transformer: which components can write to which receivers.
+
+Sources are ``input`` (token plus position embedding), heads ``a{layer}.h{head}`` and MLPs
+``m{layer}``, in the order they run. Receivers are the q, k and v port of each head, the input of
+each MLP, and ``logits``. A source reaches every receiver that runs after it, through the residual
+stream. Names and counts are those of EAP-IG and MIB (Hanna et al. 2024, arXiv:2403.17806): GPT-2
+small has 157 sources, 445 receivers and 32,491 edges.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from circuitlab.errors import GraphError
+
+PORTS = ("q", "k", "v")
+
+_HEAD = re.compile(r"a(\d+)\.h(\d+)")
+_MLP = re.compile(r"m(\d+)")
+
+
+class Receiver(NamedTuple):
+    """A component and the port it reads through; ``port`` is ``""`` for MLPs and logits."""
+
+    component: str
+    port: str
+
+
+class Component(NamedTuple):
+    """What a component's name says: ``kind`` input, head, mlp or logits; its layer and head."""
+
+    kind: str
+    layer: int
+    head: int | None = None
+
+
+class ReceiverBlock(NamedTuple):
+    """Receivers that read the same sources: those of one attention layer, one MLP, or the logits."""
+
+    kind: str
+    layer: int
+    receivers: slice
+    n_sources: int
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Sources, receivers and edges of a decoder with ``n_layers`` blocks of ``n_heads`` heads.
+
+    With ``parallel`` (GPT-NeoX) the MLP reads what the attention of its own block reads; else it
+    also reads that block's heads.
+    """
+
+    n_layers: int
+    n_heads: int
+    parallel: bool = False
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """Names of all components that write to the residual stream, in forward order."""
+        names = ["input"]
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{head}" for head in range(self.n_heads)]
+            names.append(f"m{layer}")
+        return tuple(names)
+
+    @cached_property
+    def receivers(self) -> tuple[Receiver, ...]:
+        """All (component, port) that read the residual stream: per layer q, k, v heads, then MLP."""
+        receivers = []
+        for layer in range(self.n_layers):
+            receivers += [
+                Receiver(f"a{layer}.h{head}", port) for port in PORTS for head in range(self.n_heads)
+            ]
+            receivers.append(Receiver(f"m{layer}", ""))
+        return (*receivers, Receiver("logits", ""))
+
+    def first_source(self, layer: int) -> int:
+        """Index of the first source of a layer, which is the number of sources before it."""
+        return 1 + layer * (self.n_heads + 1)
+
+    def blocks(self) -> Iterator[ReceiverBlock]:
+        """Receivers grouped by what they can read, in forward order.
+
+        The sources a block reads are always ``sources[:block.n_sources]``.
+        """
+        width = 3 * self.n_heads + 1
+        for layer in range(self.n_layers):
+            start, before = layer * width, self.first_source(layer)
+            yield ReceiverBlock("attention", layer, slice(start, start + width - 1), before)
+            heard = before if self.parallel else before + self.n_heads
+            yield ReceiverBlock("mlp", layer, slice(start + width - 1, start + width), heard)
+        last = self.n_layers * width
+        yield ReceiverBlock("logits", self.n_layers, slice(last, last + 1), len(self.sources))
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges, counting q, k and v separately."""
+        return sum((b.receivers.stop - b.receivers.start) * b.n_sources for b in self.blocks())
+
+    def component(self, name: str) -> Component:
+        """Read a component's name.
+
+        Raises:
+            GraphError: the name is not one of this wiring's components.
+        """
+        if name == "input":
+            return Component("input", 0)
+        if name == "logits":
+            return Component("logits", self.n_layers)
+        if match := _HEAD.fullmatch(name):
+            layer, head = int(match[1]), int(match[2])
+            if layer < self.n_layers and head < self.n_heads:
+                return Component("head", layer, head)
+        elif match := _MLP.fullmatch(name):
+            layer = int(match[1])
+            if layer < self.n_layers:
+                return Component("mlp", layer)
+        raise GraphError(
+            f"component {name!r} does not exist in a model of {self.n_layers} layers and "
+            f"{self.n_heads} heads; components are input, a0.h0 … "
+            f"a{self.n_layers - 1}.h{self.n_heads - 1}, m0 … m{self.n_layers - 1}, logits"
+        )

@@ -1,0 +1,241 @@
+"""The zoo: small models that come with CircuitLab, each with a task of the same name.
+
+Trained models are ordinary Hugging Face GPT-2s of at most 160,000 parameters; the recipe that made
+each one is here too. Hand-made models have weights written down by a formula, so their true circuit
+is known. Importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from circuitlab.errors import ModelError
+from circuitlab.tasks import Task
+from circuitlab.zoo import docstring_mini, greater_than, hand, induction, ioi_mini
+from circuitlab.zoo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+__all__ = [
+    "MODELS",
+    "BundledModel",
+    "evaluate",
+    "folder",
+    "known_edges",
+    "load",
+    "save",
+    "tasks",
+    "train",
+]
+
+#: Held-out pairs an evaluation draws, afresh and not from the task.
+N_EVALUATION = 512
+
+_WEIGHTS = Path(__file__).parent / "weights"
+_RECIPES: dict[str, Recipe] = {
+    module.RECIPE.name: module.RECIPE
+    for module in (induction, ioi_mini, greater_than, docstring_mini)
+}
+_TASKS = (induction.TASK, ioi_mini.TASK, greater_than.TASK, docstring_mini.TASK, *hand.TASKS)
+
+
+@dataclass(frozen=True, slots=True)
+class BundledModel:
+    """A model of the zoo.
+
+    Attributes:
+        kind: ``trained``: weights from a recipe; ``hand``: weights from a formula.
+        description: One line.
+        task: Name of the task it does.
+        shape: Layers, heads and width in words.
+    """
+
+    name: str
+    kind: Literal["trained", "hand"]
+    description: str
+    task: str
+    shape: str
+
+
+def _trained(name: str, description: str) -> BundledModel:
+    recipe = _RECIPES[name]
+    size = f"{recipe.n_layers} layers, {recipe.n_heads} heads, d_model {recipe.d_model}"
+    return BundledModel(
+        name, "trained", description, name, size + ", no MLP" * recipe.attention_only
+    )
+
+
+#: All bundled models by name.
+MODELS: dict[str, BundledModel] = {
+    model.name: model
+    for model in (
+        _trained("induction", "previous-token and induction heads complete a repeated series"),
+        _trained("ioi-mini", "names the person who receives; its own algorithm, not GPT-2's"),
+        _trained("greater-than", "ends a span of years later than it began"),
+        _trained("docstring-mini", "documents a function's arguments in order, by attention alone"),
+        BundledModel(
+            "hand-induction",
+            "hand",
+            "an induction circuit of 7 known edges, attention saturated",
+            "hand-induction",
+            "2 layers, 2 heads, d_model 78, no norms",
+        ),
+        *(
+            BundledModel(
+                gate.name,
+                "hand",
+                gate.description,
+                gate.name,
+                "1 layer, 2 heads, d_model 16, no norms",
+            )
+            for gate in hand.GATES.values()
+        ),
+    )
+}
+
+
+def tasks() -> tuple[Task, ...]:
+    """The tasks of all bundled models, named like them; the trained ones' pairs are held out."""
+    return _TASKS
+
+
+def folder(name: str) -> Path:
+    """The folder of a trained model, in Hugging Face layout.
+
+    Raises:
+        ModelError: there is no such model, or it is made by a formula.
+    """
+    _recipe(name, "has no folder: its weights are a formula; use zoo.load")
+    return _WEIGHTS / name
+
+
+def load(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+    """The bundled model ``name``, in eval mode with frozen parameters, and its tokenizer.
+
+    Attention is eager, so that its probabilities can be read. The random state is left alone.
+
+    Raises:
+        ModelError: there is no such model, or its files are missing or damaged.
+    """
+    if _entry(name).kind == "hand":
+        from circuitlab.zoo.compiling import compile_model
+
+        return compile_model(name)
+    from circuitlab.zoo.files import read
+
+    return read(name, folder(name))
+
+
+def train(
+    name: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict[str, float]]:
+    """Run a model's recipe again: the module, its tokenizer, and its held-out metrics.
+
+    Takes about a minute on one thread. Another machine, or version of torch, gives other weights of
+    the same quality; the same one gives the same weights for the same seed.
+
+    Args:
+        name: Of a trained model, see :data:`MODELS`.
+        seed: Of weights and data.
+        steps: Optimiser steps; those of the recipe if None.
+        progress: Called with step, total and ``{"loss": nats}``.
+
+    Raises:
+        ModelError: there is no such model, or it is not trained.
+    """
+    recipe = _recipe(name, "is compiled, not trained; use zoo.load")
+    from circuitlab.zoo import training
+    from circuitlab.zoo.word_tokenizer import word_tokenizer
+
+    module = training.train(recipe, seed=seed, steps=steps, progress=progress)
+    tokenizer = word_tokenizer(recipe.vocabulary, recipe.n_positions)
+    return module, tokenizer, evaluate(name, module, tokenizer)
+
+
+def save(module: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write a trained model and its tokenizer in Hugging Face layout.
+
+    ``GPT2LMHeadModel.from_pretrained(folder)`` reads it back.
+
+    Raises:
+        ModelError: the module has no norms, so a stock GPT-2 could not read it.
+        ResourceError: the folder cannot be written.
+    """
+    from circuitlab.zoo.files import write
+
+    write(module, tokenizer, Path(folder))
+
+
+def evaluate(
+    name: str, module: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, float]:
+    """How well a module does the task of ``name`` on held-out data: numbers by name.
+
+    All models: ``accuracy``, ``probability-difference``, ``clean-logit-difference`` and
+    ``corrupt-logit-difference``; induction also ``previous-token`` and ``induction``, the attention
+    of its best heads; gates also ``table-error``, in logits.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    _entry(name)
+    from circuitlab.zoo import compiling, training
+
+    task = next(task for task in _TASKS if task.name == name)
+    recipe = _RECIPES.get(name)
+    pairs = recipe.pairs(N_EVALUATION, seed="evaluation") if recipe else task.pairs
+    metrics = training.evaluate(module, tokenizer, pairs)
+    if name == "induction":
+        metrics |= training.induction_scores(module, tokenizer, pairs[:128])
+    if name in hand.GATES:
+        metrics["table-error"] = compiling.gate_error(hand.GATES[name], module, tokenizer)
+    return metrics
+
+
+def known_edges(
+    name: str, *, sense: Literal["mechanism", "effective"] = "mechanism"
+) -> frozenset[tuple[str, str, str]]:
+    """The true circuit of a hand-made model, as (source, target, port).
+
+    Args:
+        name: Of a hand-made model, see :data:`MODELS`.
+        sense: ``mechanism``: with zero in all other edges no answer to any prompt changes, and with
+            zero in any one of these some answer does. ``effective``: those of them that change the
+            task's metric on some pair when they alone carry what the corrupt prompt writes; what an
+            exact edge-patching analysis of the clean run finds.
+
+    Raises:
+        ModelError: there is no such model, or it was trained and nobody knows.
+    """
+    if _entry(name).kind == "trained":
+        raise ModelError(
+            f"model {name!r} was trained, so its true circuit is not known; "
+            f"known are those of {', '.join(hand.MECHANISMS)}"
+        )
+    return (hand.MECHANISMS if sense == "mechanism" else hand.EFFECTIVE)[name]
+
+
+def _entry(name: str) -> BundledModel:
+    try:
+        return MODELS[name]
+    except KeyError:
+        close = get_close_matches(name, MODELS, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ModelError(
+            f"bundled model {name!r} does not exist; {hint}There are {', '.join(MODELS)}"
+        ) from None
+
+
+def _recipe(name: str, fact: str) -> Recipe:
+    if _entry(name).kind == "hand":
+        raise ModelError(f"model {name!r} {fact}")
+    return _RECIPES[name]

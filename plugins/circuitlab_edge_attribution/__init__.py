@@ -1,0 +1,62 @@
+"""Edge attribution: the default analysis. Every edge scored by gradients, the strongest checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import circuitlab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from circuitlab import CircuitGraph, Task, TracedModel
+
+
+@circuitlab.hookimpl
+def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], None]) -> None:
+    """Offer ``edge-attribution``."""
+    register("edge-attribution", edge_attribution)
+
+
+def edge_attribution(
+    model: TracedModel,
+    task: Task,
+    *,
+    method: Annotated[
+        Literal["eap", "eap-ig"], "gradient at the clean prompt, or averaged along a path to it"
+    ] = "eap-ig",
+    ig_steps: Annotated[int, "points on the path of eap-ig"] = 5,
+    ig_rule: Annotated[
+        Literal["midpoint", "left"], "where they lie; left is what the code of EAP-IG does"
+    ] = "midpoint",
+    ablation: Annotated[
+        Literal["counterfactual", "zero", "mean"], "what replaces an ablated component's output"
+    ] = "counterfactual",
+    top: Annotated[int | Literal["all"], "edges to keep, by absolute score"] = 40,
+    threshold: Annotated[float | None, "keep edges of at least this absolute score"] = None,
+    verify: Annotated[int, "strongest edges to check by patching each one; 0 for none"] = 10,
+    batch_size: Annotated[int | Literal["auto"], "pairs per pass"] = "auto",
+) -> CircuitGraph:
+    """Score every edge by EAP or EAP-IG; say what the scores miss; patch the strongest to check.
+
+    Syed et al. 2023 (arXiv:2310.10348), Hanna et al. 2024 (arXiv:2403.17806).
+    """
+    from circuitlab_edge_attribution.attribution import edge_scores
+    from circuitlab_edge_attribution.verdict import judge
+
+    pairs = model.encode(task)
+    size = None if batch_size == "auto" else batch_size
+    scored = edge_scores(
+        model,
+        pairs,
+        method=method,
+        ig_steps=ig_steps,
+        ig_rule=ig_rule,
+        ablation=ablation,
+        batch_size=size,
+    )
+    circuit = circuitlab.circuit_of(model.wiring, scored.scores, top=top, threshold=threshold)
+    circuit.graph["method"] = method if method == "eap" else f"{method}, {ig_steps} steps, {ig_rule}"
+    circuit.graph["ablation"] = ablation
+    judge(circuit, model, pairs, scored.completeness, ablation, verify=verify, batch_size=size)
+    return circuit
