@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from circuitlab.sites import Site
     from circuitlab.task_files import read_task, write_task
     from circuitlab.tasks import PromptPair, Task
-    from circuitlab.tracing import Run, TracedModel
+    from circuitlab.model import TracedModel
+    from circuitlab.run import Run
     from circuitlab.wiring import ReceiverBlock, Wiring
 
 __version__ = "0.1.0"
@@ -48,7 +49,7 @@ _HOME = {
     "Ablator": "ablation",
     "Ablation": "ablation",
     "Architecture": "architectures",
-    "CircuitGraph": "graph",
+    "CircuitGraph": "render",  # with what draws it in notebooks
     "CircuitLabError": "errors",
     "EncodedTask": "prompts",
     "GraphError": "errors",
@@ -62,13 +63,13 @@ _HOME = {
     "QualityError": "errors",
     "ReceiverBlock": "wiring",
     "ResourceError": "errors",
-    "Run": "tracing",
+    "Run": "run",
     "Site": "sites",
     "SiteError": "errors",
     "Task": "tasks",
     "TaskError": "errors",
     "Tokens": "prompts",
-    "TracedModel": "tracing",
+    "TracedModel": "model",
     "Wiring": "wiring",
     "build_circuit": "builder",
     "circuit_of": "selection",

@@ -10,7 +10,8 @@ from torch import Tensor
 from circuitlab.errors import TaskError
 from circuitlab.prompts import EncodedTask
 from circuitlab.sites import Site
-from circuitlab.tracing import Run, TracedModel
+from circuitlab.model import TracedModel
+from circuitlab.run import Run
 
 Ablation = Literal["counterfactual", "zero", "mean"]
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from circuitlab.ablation import choose_batch_size
-from circuitlab.errors import TaskError
+from circuitlab.errors import NumericsError, TaskError
 from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask
-from circuitlab.tracing import TracedModel
+from circuitlab.model import TracedModel
 
 RESAMPLES = 2000
 
@@ -27,12 +27,15 @@ class Baseline:
         accuracy: Share of pairs whose clean run ranks a right answer above every wrong one; with no
             wrong answers, above every other token.
         chance: Accuracy of guessing among the answers.
+        distinct: Rows that repeat no earlier pair, ``[n_distinct]``; None where no row does. An
+            interval is taken over these alone: a repeated pair is no further evidence.
     """
 
     clean: Tensor
     corrupt: Tensor
     accuracy: float
     chance: float
+    distinct: Tensor | None = None
 
     @property
     def effect(self) -> float:
@@ -40,15 +43,23 @@ class Baseline:
         return float((self.corrupt - self.clean).mean())
 
     def interval(self, seed: int = 0) -> tuple[float, float] | None:
-        """Percentile bootstrap 95 % interval of the effect over pairs; None for one pair."""
-        n = len(self.clean)
+        """Percentile bootstrap 95 % interval of the effect over distinct pairs; None for one."""
+        change = self.corrupt - self.clean
+        if self.distinct is not None:
+            change = change[self.distinct]
+        n = len(change)
         if n < 2:
             return None
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(0, n, (RESAMPLES, n), generator=generator)
-        means = (self.corrupt - self.clean)[picks].mean(1)
+        means = change[picks].mean(1)
         low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
         return low, high
+
+    def weak(self, seed: int = 0) -> bool:
+        """Whether the effect is within its own noise: its interval holds 0."""
+        interval = self.interval(seed)
+        return interval is not None and interval[0] <= 0 <= interval[1]
 
     def to_json(self, seed: int = 0) -> dict[str, Any]:
         """What the provenance of a circuit says about it."""
@@ -77,14 +88,14 @@ def measure(model: TracedModel, pairs: EncodedTask) -> Baseline:
     clean, corrupt, right = [], [], 0
     batches = list(pairs.batches(choose_batch_size(model, pairs)))
     for batch in track(batches, "running the task"):
-        logits = model.run(batch.clean).logits[:, -1]
+        logits = _logits(model, batch, "clean")
         clean.append(batch.score(logits, logits).double().cpu())
-        changed = model.run(batch.corrupt).logits[:, -1]
+        changed = _logits(model, batch, "corrupt")
         corrupt.append(batch.score(changed, logits).double().cpu())
         right += _right(batch, logits)
-    return Baseline(
-        torch.cat(clean), torch.cat(corrupt), right / len(pairs), _chance(pairs, model.vocab_size)
-    )
+    chance = _chance(pairs, model.vocab_size)
+    scores = torch.cat(clean), torch.cat(corrupt)
+    return Baseline(*scores, right / len(pairs), chance, _distinct(pairs))
 
 
 def check(baseline: Baseline, pairs: EncodedTask, *, allow_weak: bool, seed: int = 0) -> list[str]:
@@ -108,7 +119,7 @@ def check(baseline: Baseline, pairs: EncodedTask, *, allow_weak: bool, seed: int
     interval = baseline.interval(seed)
     if interval is None:
         warnings.append("1 pair: no interval can be given")
-    elif interval[0] <= 0 <= interval[1]:
+    elif baseline.weak(seed):
         fact = (
             f"metric(corrupt) - metric(clean) is {baseline.effect:.3g} "
             f"[{interval[0]:.3g}, {interval[1]:.3g}] over {len(pairs)} pairs: its 95 % interval "
@@ -126,6 +137,27 @@ def check(baseline: Baseline, pairs: EncodedTask, *, allow_weak: bool, seed: int
             f"{baseline.chance:.0%}; a circuit would explain a behaviour that is not there"
         )
     return warnings
+
+
+def _logits(model: TracedModel, batch: EncodedTask, part: Literal["clean", "corrupt"]) -> Tensor:
+    """Logits after the last token; where a number is not finite, its pairs are named."""
+    try:
+        return model.run(batch.clean if part == "clean" else batch.corrupt).logits[:, -1]
+    except NumericsError as error:
+        pairs = _listed(list(batch.numbers))
+        raise NumericsError(
+            f"task {batch.task.name!r}, {part} prompts of pairs {pairs}: {error}"
+        ) from error
+
+
+def _distinct(pairs: EncodedTask) -> Tensor | None:
+    """First row of each pair, in order; None where all rows differ."""
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    parts = (pairs.clean, pairs.corrupt)
+    for row in range(len(pairs)):
+        key = tuple(tuple(part.ids[row][part.mask[row]].tolist()) for part in parts)
+        first.setdefault(key, row)
+    return None if len(first) == len(pairs) else torch.tensor(list(first.values()))
 
 
 def _right(batch: EncodedTask, logits: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import circuitlab
-from circuitlab import baseline
+from circuitlab import baseline, progress
 from circuitlab.errors import CircuitLabError, GraphError, OptionError, PluginError, TaskError
-from circuitlab.graph import EDGE_SCORE, CircuitGraph
+from circuitlab.graph import EDGE_SCORE, CircuitGraph, effect_name
 from circuitlab.loading import Source, load_model
 from circuitlab.options import check_values
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry, describe
 
 if TYPE_CHECKING:
     from circuitlab.tasks import Align, Task
-    from circuitlab.tracing import TracedModel
+    from circuitlab.model import TracedModel
 
 
 def build_circuit(
@@ -59,6 +60,7 @@ def build_circuit(
     started = time.time()
     registry = registry or Registry.load()
     chosen = registry.analysis(analysis)
+    registry.check_annotators(annotate)
     check_values(chosen.options, options, f"analysis {analysis!r}")
     traced = load_model(model, registry=registry)
     named = find_task(traced, task, registry)
@@ -71,12 +73,17 @@ def build_circuit(
         *pairs.warnings,
         *baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed),
     ]
+    progress.tell(warnings)
     torch.manual_seed(seed)
     circuit = _run(chosen, traced, named, options)
-    registry.annotate(annotate, circuit, traced, named)
-    circuit.validate()
+    progress.tell(circuit.graph.get("warnings", ()))
+    if annotate:
+        registry.annotate(annotate, circuit, traced, named)
+        _validate(circuit, f"--annotate {', '.join(annotate)}")
     _stamp(circuit, traced, named, chosen, options, seed=seed, pairs=len(pairs))
     circuit.graph["baseline"] = measured.to_json(seed)
+    if measured.weak(seed):
+        _mark_weak(circuit)
     circuit.graph["warnings"] = [*warnings, *circuit.graph.get("warnings", ())]
     circuit.graph["seconds"] = round(time.time() - started, 3)
     return circuit
@@ -96,9 +103,7 @@ def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -
             f"model {model.name!r} has no task of its own; name one (--task, {', '.join(registry.tasks)})"
             f", or give prompts (--task-file FILE, or --clean --corrupt --answer --wrong)"
         )
-    if name not in registry.tasks:
-        raise TaskError(f"task {name!r} does not exist; tasks are {', '.join(sorted(registry.tasks))}")
-    return registry.tasks[name]
+    return registry.task(name)
 
 
 def _run(
@@ -111,7 +116,7 @@ def _run(
         raise
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # a plugin may raise anything
+    except (Exception, SystemExit) as error:  # a plugin may raise anything
         raise PluginError(
             f"analysis {analysis.name!r} of plugin {analysis.plugin!r} failed: {describe(error)}"
         ) from error
@@ -120,13 +125,48 @@ def _run(
             f"analysis {analysis.name!r} of plugin {analysis.plugin!r} returned "
             f"{type(circuit).__name__}, not a CircuitGraph"
         )
+    _validate(circuit, f"analysis {analysis.name!r} of plugin {analysis.plugin!r}")
+    return circuit
+
+
+def _validate(circuit: CircuitGraph, owner: str) -> None:
     try:
         circuit.validate()
+        _check_values(circuit)
     except GraphError as error:
-        raise PluginError(
-            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} returned a bad circuit: {error}"
-        ) from error
-    return circuit
+        raise PluginError(f"{owner} returned a bad circuit: {error}") from error
+
+
+def _check_values(circuit: CircuitGraph) -> None:
+    """Refuse data that no circuit file can hold.
+
+    Raises:
+        GraphError: names the component or effect, and what it holds.
+    """
+    owners: list[tuple[str, dict[str, Any]]] = [("the circuit", circuit.graph)]
+    owners += [(f"component {name!r}", data) for name, data in circuit.nodes(data=True)]
+    owners += [
+        (f"effect {effect_name(source, target, port)}", data)
+        for source, target, port, data in circuit.edges(keys=True, data=True)
+    ]
+    for owner, data in owners:
+        try:
+            json.dumps(data, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise GraphError(
+                f"{owner} has data {data!r} ({error}); data must be plain JSON and finite: leave "
+                f"out what was not measured"
+            ) from None
+
+
+def _mark_weak(circuit: CircuitGraph) -> None:
+    """An effect within its own noise establishes nothing, and has no shares."""
+    if isinstance(whole := circuit.graph.get("completeness"), dict):
+        whole["share"] = None
+    reason = "the effect to explain is within its own noise"
+    earlier = circuit.graph.get("verdict_reason")
+    circuit.graph["verdict"] = "not established"
+    circuit.graph["verdict_reason"] = f"{reason}; {earlier}" if earlier else reason
 
 
 def _stamp(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from circuitlab.errors import ModelError, QualityError
+from circuitlab.errors import ModelError, QualityError, SiteError
 from circuitlab.prompts import Tokens
 from circuitlab.sites import Site
 
 if TYPE_CHECKING:
-    from circuitlab.tracing import TracedModel
+    from circuitlab.model import TracedModel
 
 #: Largest difference, as a multiple of the type's rounding and of the values' size.
 ROUNDINGS = 256
@@ -80,20 +80,47 @@ def probe(module: nn.Module) -> Probe:
 def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
     """Compare the traced model with the plain one, and with its own description.
 
-    Checks: the same logits; the sources and constants sum to the residual stream; writing what was
-    read changes nothing; a padded prompt gives the logits of the same prompt alone.
+    Checks: the same logits; the sources and constants sum to the residual stream; q, k and v are
+    its projections; writing what was read changes nothing; a padded prompt gives the logits of the
+    same prompt alone.
+
+    Raises:
+        QualityError: the description of the model does not fit it, so that it cannot be traced.
     """
-    sites = [Site(k, n) for n in range(model.n_layers) for k in ("q", "k", "v", "attn_out")]
+    try:
+        return _compare(model, plain)
+    except torch.OutOfMemoryError:
+        raise
+    except (SiteError, RuntimeError, ValueError, LookupError, AttributeError) as error:
+        raise QualityError(
+            f"model {model.name!r} cannot be traced as {model.architecture.family}: "
+            f"{str(error).strip().splitlines()[-1]}; what a plugin's adapt_architecture says of it "
+            f"does not fit"
+        ) from error
+
+
+def _compare(model: TracedModel, plain: Probe) -> list[Check]:
+    layers = range(model.n_layers)
+    ports = [Site(k, n) for n in layers for k in ("q", "k", "v")]
+    sites = [*ports, *(Site("attn_out", n) for n in layers)]
+    streams = [Site("resid_pre", n) for n in layers]
     last = Site("resid_post", model.n_layers - 1)
-    run = model.run(plain.tokens, read=[*model.source_sites, *sites, last], logits="all")
+    run = model.run(plain.tokens, read=[*model.source_sites, *streams, *sites, last], logits="all")
     mask = plain.tokens.mask
     written = {site: run[site] for site in (*model.source_sites, *sites)}
     identity = model.run(plain.tokens, write=written, logits="all").logits
     alone = model.run(plain.tokens.rows([1]).trimmed(), logits="all").logits
     real = plain.logits[mask]
+    projected = [model.projected(s, run[Site("resid_pre", s.layer)])[mask] for s in ports]
     return [
         _check("logits equal plain Hugging Face", run.logits[mask], real, model),
         _check("components sum to the residual stream", _summed(model, run), run[last], model, mask),
+        _check(
+            "q, k and v are projected from the residual stream",
+            torch.stack(projected),
+            torch.stack([run[site][mask] for site in ports]),
+            model,
+        ),
         _check("writing what was read changes nothing", identity[mask], real, model),
         _check("padding changes nothing", alone[0], plain.logits[1][mask[1]], model),
     ]

@@ -73,6 +73,27 @@ def find_exporter(path: Path, exporters: Mapping[str, Exporter] = EXPORTERS) -> 
     return exporters[max(fitting, key=len)]
 
 
+def check_target(path: Path, exporters: Mapping[str, Exporter] = EXPORTERS) -> None:
+    """Refuse, before any work is done, a path that no circuit can be written to.
+
+    Raises:
+        OptionError: the suffix is not known.
+        ResourceError: its folder does not exist or may not be written, or a folder has its name.
+    """
+    find_exporter(path, exporters)
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise ResourceError(
+            f"output {str(path)!r}: folder {str(folder)!r} does not exist; create it first"
+        )
+    if path.exists() and not path.is_file():
+        raise ResourceError(f"output {str(path)!r} is not a file; choose another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"output {str(path)!r}: folder {str(folder)!r} may not be written; choose another one"
+        )
+
+
 def write_circuit(
     circuit: CircuitGraph, path: Path, exporters: Mapping[str, Exporter] = EXPORTERS
 ) -> list[str]:
@@ -85,14 +106,9 @@ def write_circuit(
         OptionError: the suffix is not known.
         ResourceError: the file cannot be written there.
     """
+    check_target(path, exporters)
     exporter = find_exporter(path, exporters)
     target = path.resolve()
-    if not target.parent.is_dir():
-        raise ResourceError(
-            f"output {str(path)!r}: folder {str(target.parent)!r} does not exist; create it first"
-        )
-    if target.exists() and not target.is_file():
-        raise ResourceError(f"output {str(path)!r} is not a file; choose another name")
     try:
         with tempfile.TemporaryDirectory(prefix=".circuitlab-", dir=target.parent) as folder:
             draft = Path(folder, target.name)

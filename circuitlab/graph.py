@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import networkx as nx
@@ -19,7 +19,7 @@ EDGE_SCORE = (
 )
 
 
-class CircuitGraph(nx.MultiDiGraph):  # type: ignore[type-arg]  # networkx is untyped at run time
+class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no types
     """A circuit: a ``networkx.MultiDiGraph`` of components and effects, with its provenance.
 
     * A node is a component: ``input``, ``a9.h6``, ``m5``, ``logits``; its data are at least ``kind``
@@ -100,7 +100,7 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[type-arg]  # networkx is un
             if not isinstance(name, str):
                 raise GraphError(f"component {name!r} is named by a {type(name).__name__}, not a str")
             for field, kind in (("kind", str), ("layer", int)):
-                if not isinstance(data.get(field), kind):
+                if type(data.get(field)) is not kind:
                     raise GraphError(
                         f"component {name!r} has {field} {data.get(field)!r}; "
                         f"it needs a {kind.__name__}: add components with add_component"
@@ -110,7 +110,7 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[type-arg]  # networkx is un
             if not isinstance(port, str):
                 raise GraphError(f"effect {label} has port {port!r}, not a str: use add_effect")
             score = data.get("score")
-            if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            if not _is_finite(score):
                 raise GraphError(f"effect {label} has score {score!r}; it needs a finite number")
         if not nx.is_directed_acyclic_graph(self):
             cycle = " -> ".join(str(edge[0]) for edge in nx.find_cycle(self))
@@ -148,16 +148,53 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[type-arg]  # networkx is un
             plain = nx.node_link_graph(
                 {**document, "directed": True, "multigraph": True}, edges="edges"
             )
+            circuit = cls(plain)
         except (nx.NetworkXError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise GraphError(f"not a circuit: a node or edge is malformed ({error!r})") from error
-        circuit = cls(plain)
         circuit.validate()
         return circuit
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """How a notebook shows the circuit: its picture and a line of text; text where it has none.
+
+        Pictures are there once ``circuitlab.render`` is loaded, as it is by ``circuitlab`` itself.
+        """
+        text = str(self)
+        bundle = {}
+        if _picture is not None:
+            try:
+                bundle["image/svg+xml"] = _picture(self)
+            except GraphError as error:
+                text = f"{text}, not drawn: {error}"
+        # Names come from files of strangers: a terminal receives no control characters.
+        bundle["text/plain"] = "".join(c if c.isprintable() else "?" for c in text)
+        return bundle
+
+
+_picture: Callable[[CircuitGraph], str] | None = None
+
+
+def show_by(picture: Callable[[CircuitGraph], str]) -> None:
+    """Show circuits in notebooks by the SVG that ``picture`` gives.
+
+    Drawing stands above this module, so it announces itself here and is not imported.
+    """
+    global _picture
+    _picture = picture
 
 
 def effect_name(source: str, target: str, port: str = "") -> str:
     """``a0.h1 → a1.h0:k``, the way an effect is written for people."""
     return f"{source} → {target}{':' + port if port else ''}"
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _refuse_constant(name: str) -> float:

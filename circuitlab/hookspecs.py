@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from circuitlab.architectures import Architecture
     from circuitlab.graph import CircuitGraph
     from circuitlab.tasks import Task
-    from circuitlab.tracing import TracedModel
+    from circuitlab.model import TracedModel
 
     AnalysisFunction = Callable[..., CircuitGraph]
     Exporter = Callable[[CircuitGraph, Path], Any]

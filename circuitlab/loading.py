@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from circuitlab import zoo
 from circuitlab.checks import Probe, probe, require, run_checks
 from circuitlab.errors import ModelError, OptionError
 from circuitlab.registry import Registry, describe
-from circuitlab.tracing import TracedModel
+from circuitlab.model import TracedModel
 
 if TYPE_CHECKING:
     from circuitlab.architectures import Architecture
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Source = str | Path | nn.Module | tuple[Any, Any] | TracedModel
 
-#: Seconds the hub has to answer before the load is refused.
-HUB_TIMEOUT = "10"
+#: Seconds the hub has to answer before only its cache is used.
+HUB_TIMEOUT = 10.0
+#: A folder with none of these has no tokenizer, and reads token ids.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
 def load_model(
@@ -84,6 +88,8 @@ def load_unchecked(
     task_name = None
     if isinstance(source, str | Path):
         where = _device(device)
+        module: Any
+        tokenizer: Any
         if source in zoo.MODELS:
             module, tokenizer = zoo.load(str(source))
             task_name = zoo.MODELS[str(source)].task
@@ -160,24 +166,48 @@ def _pretrained(
         )
     if local:
         _check_folder(Path(source), trust_remote_code, allow_pickle)
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_TIMEOUT)
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_TIMEOUT)
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it draws a bar per weight
+    cached_only = local or not _hub_answers()
+    loader: Any = AutoModelForCausalLM  # its types know nothing of output_loading_info
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = loader.from_pretrained(
             source,
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle else True,
             attn_implementation="eager",
-            local_files_only=local,
+            local_files_only=cached_only,
             output_loading_info=True,
         )
     except Exception as error:  # the loader raises every kind; each becomes one clear line
         raise _refusal(source, local, error) from error
     _check_weights(source, info)
-    return module, _tokenizer(source, revision, trust_remote_code, local)
+    if local and not any((Path(source) / file).exists() for file in TOKENIZER_FILES):
+        return module, None
+    return module, _tokenizer(source, revision, trust_remote_code, cached_only)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; the loader itself would retry for half a minute."""
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    # The hub's library looks at its variable once, when it is imported: a plugin may have done it.
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies().get(address.scheme) or not address.hostname:
+        return True
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=HUB_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_folder(folder: Path, trust_remote_code: bool, allow_pickle: bool) -> None:
@@ -221,11 +251,9 @@ def _check_weights(source: str, info: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(source: str, revision: str | None, trust_remote_code: bool, local: bool) -> Any:
-    """The tokenizer; None for a folder that has none."""
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if local and not any((Path(source) / file).exists() for file in files):
-        return None
+def _tokenizer(
+    source: str, revision: str | None, trust_remote_code: bool, cached_only: bool
+) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -233,7 +261,7 @@ def _tokenizer(source: str, revision: str | None, trust_remote_code: bool, local
             source,
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
-            local_files_only=local,
+            local_files_only=cached_only,
             padding_side="left",
         )
     except Exception as error:  # as above

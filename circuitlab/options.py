@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -60,15 +61,18 @@ class Option:
             return text
         for kind in self.types:
             try:
-                return kind(text)
+                value = _truth(text) if kind is bool else kind(text)
             except ValueError:
                 continue
+            if self.accepts(value):
+                return value
         raise OptionError(f"{self.flag} {text!r} is not {self.expected}")
 
     @property
     def expected(self) -> str:
         """What it accepts, for people."""
-        words = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+        words = {int: "a whole number", float: "a finite number", str: "text", Path: "a path"}
+        words[bool] = "true or false"
         return " or ".join([*(words[kind] for kind in self.types), *self.choices])
 
     def accepts(self, value: object) -> bool:
@@ -77,6 +81,8 @@ class Option:
             return self.optional
         if isinstance(value, bool):
             return bool in self.types
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
         allowed = (*self.types, int) if float in self.types else self.types
         return value in self.choices or isinstance(value, tuple(k for k in allowed if k is not bool))
 
@@ -152,6 +158,13 @@ def _parts(annotation: Any, label: str) -> tuple[tuple[type, ...], tuple[str, ..
             )
     # A number is tried before text, which accepts anything.
     return tuple(sorted(scalars, key=_SCALARS.index)), tuple(words), optional
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "false": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
 
 
 def _evaluate(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:

@@ -14,7 +14,8 @@ from circuitlab.errors import GraphError
 from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask, Tokens
 from circuitlab.sites import Site
-from circuitlab.tracing import Run, TracedModel
+from circuitlab.model import TracedModel
+from circuitlab.run import Run
 from circuitlab.wiring import PORTS, Receiver, ReceiverBlock
 
 #: Bytes that the residual streams of the edges patched together may take.

@@ -9,8 +9,9 @@ is all that a trace executes, so an analysis never writes a trace and a plan can
     ("tap", path, side, item, how)               keep the value for differentiation
     ("read", path, side, item)                   keep the value, detached
 
-``side`` is ``input`` or ``output``; ``item`` picks from a tuple-valued output. ``how`` is ``leaf``
-(the graph starts here), ``branch`` (differentiate this reader only) or ``value``.
+``side`` is ``input``, ``output``, or ``branch``: the input as this reader alone sees it, which may
+differ from the input itself. ``item`` picks from a tuple-valued output. ``how`` is ``leaf`` (the
+graph starts here), ``branch`` (differentiate this reader only) or ``value``.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Locator:
             "pattern": (a.attention, "output", 1),
             "attn_out": (a.attention, "output", 0),
             "resid_mid": (a.mlp_norm, "input", 0),
-            "mlp_in": (a.mlp_norm, "input", 0),
+            "mlp_in": (a.mlp_norm, "branch", 0),
             "mlp_out": (a.mlp, "output", 0),
             "resid_post": ("", "output", 0),
         }[kind]
@@ -92,7 +93,12 @@ class Locator:
         return slice(offset + head * stride, offset + head * stride + a.d_head)
 
     def view(self, site: Site, value: Tensor) -> Tensor:
-        """The site's part of what was read at its place, in the site's own shape."""
+        """The site's part of what was read at its place, in the site's own shape.
+
+        Raises:
+            SiteError: the position is outside the prompts.
+        """
+        _check_position(site, value.shape[1])
         if site.kind == "pattern":
             return value if site.head is None else value[:, site.head]
         if site.kind in HEAD_KINDS:
@@ -120,8 +126,7 @@ class Locator:
             SiteError: it does not fit, or the position is outside the prompts.
         """
         shape = self.shape(site, batch, pos)
-        if site.position is not None and not -pos <= site.position < pos:
-            raise SiteError(f"site {site} does not exist: the prompts have {pos} positions")
+        _check_position(site, pos)
         try:
             return tensor.expand(shape)
         except RuntimeError:
@@ -184,6 +189,11 @@ def make_plan(
         add(site, 2, ("read", *locator.place(site)))
     plan = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
     return _skips(locator.architecture, write, [*read, *tap, *write]) + plan
+
+
+def _check_position(site: Site, pos: int) -> None:
+    if site.position is not None and not -pos <= site.position < pos:
+        raise SiteError(f"site {site} does not exist: the prompts have {pos} positions")
 
 
 def _is_branch(site: Site) -> bool:

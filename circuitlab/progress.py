@@ -13,6 +13,7 @@ Item = TypeVar("Item")
 Listener = Callable[[str, int, int | None], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("circuitlab_progress", default=None)
+_warned: ContextVar[Callable[[str], None] | None] = ContextVar("circuitlab_warned", default=None)
 
 
 def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
@@ -35,11 +36,22 @@ def track(items: Iterable[Item], description: str, *, total: int | None = None) 
         listener(description, number, total)
 
 
+def tell(warnings: Iterable[str]) -> None:
+    """Tell whoever listens of warnings at once: a long run may follow."""
+    warned = _warned.get()
+    if warned is not None:
+        for warning in warnings:
+            warned(warning)
+
+
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Progress made inside is told to ``listener``."""
-    token = _listener.set(listener)
+def listening(
+    listener: Listener, warned: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Progress made inside is told to ``listener``, warnings to ``warned``."""
+    token, other = _listener.set(listener), _warned.set(warned)
     try:
         yield
     finally:
         _listener.reset(token)
+        _warned.reset(other)

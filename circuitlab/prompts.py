@@ -337,8 +337,8 @@ def _note_repeats(notes: _Notes, rows: list[_Row]) -> None:
         seen.add(key)
     for number in repeats:
         notes.add(
-            f"{len(repeats)} of {len(rows)} pairs repeat an earlier one and count again; "
-            f"intervals over pairs come out too narrow, leave them out",
+            f"{len(repeats)} of {len(rows)} pairs repeat an earlier one; they weigh double in every "
+            f"mean and are no further evidence in an interval, leave them out",
             number,
         )
 

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, distribution, entry_points
 from typing import TYPE_CHECKING, Any, Self
 
 import pluggy
 
 from circuitlab import hookspecs
-from circuitlab.errors import CircuitLabError, PluginError
+from circuitlab.errors import CircuitLabError, PluginError, TaskError
 from circuitlab.options import Option, read_options
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
     from circuitlab.graph import CircuitGraph
     from circuitlab.hookspecs import AnalysisFunction, Exporter
     from circuitlab.tasks import Task
-    from circuitlab.tracing import TracedModel
+    from circuitlab.model import TracedModel
 
 GROUP = "circuitlab"
 #: Analysis that ``circuitlab trace`` runs when none is named.
 DEFAULT_ANALYSIS = "edge-attribution"
 
+_SINGULAR = {"analyses": "analysis", "tasks": "task", "exporters": "exporter"}
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -130,7 +132,7 @@ class Registry:
             offers = self._collect(info)
         except PluginError:
             raise
-        except Exception as error:  # a plugin may raise anything, and must not take others with it
+        except (Exception, SystemExit) as error:  # a plugin may raise anything; others must go on
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)
             info.failure = describe(error)
@@ -152,6 +154,20 @@ class Registry:
             f"analysis {name!r} is not installed; there are {', '.join(sorted(self.analyses))}"
         )
 
+    def task(self, name: str) -> Task:
+        """The task called ``name``.
+
+        Raises:
+            TaskError: there is none.
+        """
+        if name not in self.tasks:
+            near = get_close_matches(name, self.tasks, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TaskError(
+                f"task {name!r} does not exist; {hint}tasks are {', '.join(sorted(self.tasks))}"
+            )
+        return self.tasks[name]
+
     def adapt(self, config: PretrainedConfig) -> Architecture | None:
         """The architecture of a model family, from the first plugin that knows it.
 
@@ -165,7 +181,7 @@ class Registry:
                 architecture: Architecture | None = caller(config=config)
             except CircuitLabError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"plugin {name!r} failed in adapt_architecture: {describe(error)}"
                 ) from error
@@ -179,7 +195,26 @@ class Registry:
         """Let the named plugins annotate a circuit.
 
         Raises:
-            PluginError: a plugin is not there, has no such hook, failed, or changed the nodes.
+            PluginError: a plugin cannot annotate, failed, or changed the nodes.
+        """
+        names = tuple(names)
+        self.check_annotators(names)
+        for name in names:
+            before = set(circuit.nodes)
+            try:
+                self._only(name, "annotate_circuit")(circuit=circuit, model=model, task=task)
+            except CircuitLabError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise PluginError(f"--annotate {name}: {describe(error)}") from error
+            if set(circuit.nodes) != before:
+                raise PluginError(f"--annotate {name}: it added or removed nodes of the circuit")
+
+    def check_annotators(self, names: Iterable[str]) -> None:
+        """Refuse names of plugins that cannot annotate a circuit.
+
+        Raises:
+            PluginError: a plugin is not there, is broken, or has no such hook.
         """
         for name in names:
             info = self.plugins.get(name)
@@ -190,22 +225,13 @@ class Registry:
                     f"--annotate {name}: {fact if info else 'no such plugin'}; "
                     f"plugins that annotate: {', '.join(able) or 'none installed'}"
                 )
-            before = set(circuit.nodes)
-            try:
-                self._only(name, "annotate_circuit")(circuit=circuit, model=model, task=task)
-            except CircuitLabError:
-                raise
-            except Exception as error:
-                raise PluginError(f"--annotate {name}: {describe(error)}") from error
-            if set(circuit.nodes) != before:
-                raise PluginError(f"--annotate {name}: it added or removed nodes of the circuit")
 
     def _load(self, entry: EntryPoint) -> None:
         dist = entry.dist
         info = PluginInfo(entry.name, dist.name if dist else "?", dist.version if dist else "?")
         try:
             plugin = entry.load()
-        except Exception as error:  # importing a stranger's module may raise anything
+        except (Exception, SystemExit) as error:  # importing a stranger's module may raise anything
             info.failure = describe(error)
             self.plugins[info.name] = info
             return
@@ -255,7 +281,7 @@ class Registry:
         if key in taken:
             other = next(p for p in self.plugins.values() if f"{kind}:{key}" in p.offers)
             raise PluginError(
-                f"two plugins offer the {kind.removesuffix('s')} {key!r}: {other.name!r} "
+                f"two plugins offer the {_SINGULAR[kind]} {key!r}: {other.name!r} "
                 f"({other.distribution} {other.version}) and {info.name!r} "
                 f"({info.distribution} {info.version}); uninstall one, or list the plugins you "
                 f"want in CIRCUITLAB_PLUGINS"

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from circuitlab.errors import OptionError, ResourceError
-from circuitlab.graph import CircuitGraph
+from circuitlab.graph import CircuitGraph, show_by
 from circuitlab.labels import escape
 from circuitlab.layout import (
     MAX_EDGES,
@@ -99,6 +99,9 @@ def svg(circuit: CircuitGraph, *, max_edges: int = MAX_EDGES) -> str:
     """The picture as one ``<svg>`` element, safe to stand inside a notebook or an HTML page."""
     scene, _ = _scene(circuit, max_edges)
     return to_svg(scene)
+
+
+show_by(svg)
 
 
 def to_dot(circuit: CircuitGraph, *, max_edges: int = MAX_EDGES) -> str:

@@ -71,7 +71,7 @@ class Site:
             raise SiteError(f"site kind {self.kind!r} is unknown; kinds are {', '.join(KINDS)}")
         if (self.layer is None) == (self.kind in BLOCK_KINDS):
             fact = "needs a layer" if self.layer is None else "has no layer"
-            raise SiteError(f"site {self.kind!r} {fact}; write Site({self.example!r})")
+            raise SiteError(f"site {self.kind!r} {fact}; write {self.example}")
         if self.head is not None and self.kind not in HEAD_KINDS:
             raise SiteError(
                 f"site {self.kind!r} has no heads; per-head kinds are {', '.join(sorted(HEAD_KINDS))}"
@@ -81,8 +81,8 @@ class Site:
 
     @property
     def example(self) -> str:
-        """The site's name in its shortest legal form."""
-        return f"{self.kind}.0" if self.kind in BLOCK_KINDS else self.kind
+        """How a site of this kind is written in Python."""
+        return f"Site({self.kind!r}, 0)" if self.kind in BLOCK_KINDS else f"Site({self.kind!r})"
 
     @property
     def shape(self) -> str:

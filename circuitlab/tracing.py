@@ -1,437 +1,57 @@
-"""TracedModel: a model whose sites can be read, written and differentiated, through nnsight.
+"""Tracing: the one trace block of CircuitLab, and the only module that imports nnsight.
 
-The only module that imports nnsight, and the only trace block in CircuitLab. Interventions are plain
-data (see ``plans``); what a trace executes is one small interpreter of a plan.
+Interventions are plain data (see ``plans``); what a trace executes is one small interpreter of a
+plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, NamedTuple
 
+import nnsight
 import torch
 from torch import Tensor, nn
 
-import nnsight
-from circuitlab.architectures import Architecture
-from circuitlab.errors import NumericsError, SiteError
-from circuitlab.norms import pull_back
-from circuitlab.plans import Locator, Place, Plan, make_plan
-from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
-from circuitlab.sites import Site
+from circuitlab.plans import Place, Plan
+from circuitlab.prompts import Tokens
 
 # nnsight takes -v or --verbose among any program's arguments for its own debug switch.
 nnsight.CONFIG.APP.DEBUG = False
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from circuitlab.tasks import Prompt, Task
-    from circuitlab.wiring import ReceiverBlock, Wiring
+class Kept(NamedTuple):
+    """What a plan kept: logits, what it read, and what it tapped, still attached to the graph."""
 
-Prompts = Tokens | Sequence["Prompt"]
-
-
-class Run:
-    """What one forward pass returned.
-
-    ``run[site]`` is the value at a site that was read, ``run.gradient(site)`` the gradient at one
-    that was tapped; both detached, in the shape :class:`Site` states.
-
-    Attributes:
-        logits: ``[batch, pos, vocab]``; ``pos`` is 1, the last, unless all were asked for.
-        tokens: The prompts as they were run.
-    """
-
-    def __init__(
-        self,
-        tokens: Tokens,
-        logits: Tensor,
-        values: Mapping[Place, Tensor],
-        gradients: Mapping[Place, Tensor],
-        locator: Locator,
-    ) -> None:
-        self.tokens = tokens
-        self.logits = logits
-        self._values, self._gradients, self._locator = values, gradients, locator
-
-    @property
-    def mask(self) -> Tensor:
-        """``[batch, pos]``, True where a token is real."""
-        return self.tokens.mask
-
-    def __getitem__(self, site: Site) -> Tensor:
-        """The value at a site.
-
-        Raises:
-            SiteError: the site was not read.
-        """
-        return self._locator.view(site, self._find(site, self._values, "read"))
-
-    def gradient(self, site: Site) -> Tensor:
-        """Gradient of the summed function at a site, same shape as the site.
-
-        Raises:
-            SiteError: the site was not among ``gradient_at``.
-        """
-        return self._locator.view(site, self._find(site, self._gradients, "gradient_at"))
-
-    def _find(self, site: Site, kept: Mapping[Place, Tensor], option: str) -> Tensor:
-        place = self._locator.place(site)
-        if place not in kept:
-            raise SiteError(f"site {site} was not kept; name it in run(..., {option}=[...])")
-        return kept[place]
+    logits: Tensor
+    read: dict[Place, Tensor]
+    tapped: dict[Place, Tensor]
 
 
-class TracedModel:
-    """A transformer whose sites can be read and written; made by :func:`circuitlab.load_model`.
+class Tracer:
+    """Executes plans on a module."""
 
-    Attributes:
-        name: Where it came from: a bundled name, folder, hub id, or class name.
-        architecture: Module paths and sizes.
-        tokenizer: None for a model that reads token ids.
-        revision: Commit of a hub model, or digest of bundled weights; None where unknown.
-        task_name: Name of the task a bundled model was made for; None otherwise.
-    """
-
-    def __init__(
-        self,
-        module: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        architecture: Architecture,
-        *,
-        name: str,
-        revision: str | None = None,
-        task_name: str | None = None,
-    ) -> None:
-        self.name = name
-        self.architecture = architecture
-        self.tokenizer = tokenizer
-        self.revision = revision
-        self.task_name = task_name
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._locator = Locator(architecture)
         self._envoy = nnsight.NNsight(module)
 
-    def __repr__(self) -> str:
-        return (
-            f"TracedModel({self.name!r}, {self.architecture.family}, {self.n_layers} layers, "
-            f"{self.n_heads} heads, d_model {self.d_model}, {self.dtype} on {self.device})"
-        )
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return self.architecture.n_layers
-
-    @property
-    def n_heads(self) -> int:
-        """Number of attention heads per block."""
-        return self.architecture.n_heads
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.architecture.d_model
-
-    @property
-    def d_head(self) -> int:
-        """Width of one head."""
-        return self.architecture.d_head
-
-    @property
-    def n_positions(self) -> int:
-        """Longest prompt the model reads, in tokens."""
-        return self.architecture.n_positions
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of logits."""
-        return int(self._module.config.vocab_size)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self._module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self._module.parameters()).dtype
-
-    @cached_property
-    def wiring(self) -> Wiring:
-        """The residual graph: sources, receivers, edges."""
-        return self.architecture.wiring
-
-    def tokens(self, prompts: Sequence[Prompt]) -> Tokens:
-        """Prompts as left-padded token ids on the model's device.
-
-        Raises:
-            TaskError: a prompt is empty, too long, or holds a word the model does not know.
-        """
-        tokens = encode_prompts(
-            self.tokenizer, prompts, vocab_size=self.vocab_size, n_positions=self.n_positions
-        )
-        return tokens.to(self.device)
-
-    def encode(self, task: Task) -> EncodedTask:
-        """A task as this model reads it, on the model's device.
-
-        Raises:
-            TaskError: a pair cannot be used; the message names it.
-        """
-        encoded = encode_task(
-            self.tokenizer,
-            task,
-            vocab_size=self.vocab_size,
-            n_positions=self.n_positions,
-        )
-        return encoded.to(self.device)
-
-    def run(
-        self,
-        prompts: Prompts,
-        *,
-        read: Iterable[Site] = (),
-        write: Mapping[Site, Tensor] | None = None,
-        gradient_of: Callable[[Tensor], Tensor] | None = None,
-        gradient_at: Iterable[Site] = (),
-        logits: Literal["last", "all"] = "last",
-    ) -> Run:
-        """One forward pass, and a backward one when ``gradient_of`` is given.
-
-        Args:
-            prompts: Tokens, or prompts to encode.
-            read: Sites to keep. A read shows what was written there.
-            write: Replaces sites by tensors that broadcast to the site's shape. Writing a whole
-                ``resid_pre`` skips the blocks before it when nothing there is asked for.
-            gradient_of: From the last position's logits ``[batch, vocab]`` to one number per
-                prompt ``[batch]``; prompts do not influence one another, so the gradient of the
-                sum is each prompt's own.
-            gradient_at: Sites to differentiate at. At ``mlp_in`` the gradient is the MLP's alone.
-                q, k and v also read the ``resid_pre`` of their layer.
-            logits: Unembed only the last position, or all of them.
-
-        Returns:
-            The run; every tensor in it is detached.
-
-        Raises:
-            SiteError: a site does not exist here, or a written tensor does not fit.
-            NumericsError: the logits or a gradient hold NaN or infinity.
-        """
-        tokens = prompts if isinstance(prompts, Tokens) else self.tokens(prompts)
-        taps = sorted({site.whole for site in gradient_at})
-        if bool(taps) != (gradient_of is not None):
-            raise SiteError("gradient_of and gradient_at go together: give both or neither")
-        read = {site.whole for site in read}
-        read |= {Site("resid_pre", tap.layer) for tap in taps if tap.kind in ("q", "k", "v")}
-        # Differentiation starts at the stream that feeds the first tap.
-        start = [Site("resid_pre", taps[0].layer)] if taps and taps[0].layer is not None else []
-        written = {
-            site: self._locator.fit(site, tensor, *tokens.ids.shape)
-            for site, tensor in (write or {}).items()
-        }
-        plan = make_plan(self._locator, read, written, [*start, *taps])
-        output, values, tapped = self._execute(tokens, plan, keep_all=logits == "all")
-        if not torch.isfinite(output).all():
-            raise self._nonfinite(tokens, output, written)
-        gradients: dict[Place, Tensor] = {}
-        if gradient_of is not None:
-            gradients = self._differentiate(gradient_of, output, tapped)
-        return Run(tokens, output.detach(), values, gradients, self._locator)
-
-    @cached_property
-    def source_sites(self) -> tuple[Site, ...]:
-        """What :meth:`source_outputs` needs read."""
-        layers = range(self.n_layers)
-        per_layer = [(Site("z", layer), Site("mlp_out", layer)) for layer in layers]
-        return (Site("resid_pre", 0), *(site for pair in per_layer for site in pair))
-
-    @cached_property
-    def receiver_sites(self) -> tuple[Site, ...]:
-        """What :meth:`receiver_gradients` needs as ``gradient_at``."""
-        kinds = ("q", "k", "v", "mlp_in")
-        sites = [Site(kind, layer) for layer in range(self.n_layers) for kind in kinds]
-        return (*sites, Site("resid_post", self.n_layers - 1))
-
-    def source_outputs(self, run: Run) -> Tensor:
-        """What each source writes to the residual stream, ``[n_sources, batch, pos, d_model]``.
-
-        Sources are ``wiring.sources``. A head's output is ``z @ W_O`` without the output bias, an
-        MLP's has its bias. At least float32; 0 where a prompt is padded.
-
-        Raises:
-            SiteError: ``run`` did not read :attr:`source_sites`.
-        """
-        batch, pos = run.mask.shape
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        outputs = torch.empty(
-            len(self.wiring.sources), batch, pos, self.d_model, dtype=dtype, device=self.device
-        )
-        outputs[0] = run[Site("resid_pre", 0)]
-        for layer in range(self.n_layers):
-            first = self.wiring.first_source(layer)
-            heads = outputs[first : first + self.n_heads].view(self.n_heads, batch * pos, -1)
-            z = run[Site("z", layer)].to(dtype).flatten(0, 1).transpose(0, 1)
-            torch.matmul(z, self.head_weights(layer, "o").to(dtype), out=heads)
-            outputs[first + self.n_heads] = run[Site("mlp_out", layer)]
-        if not run.mask.all():
-            outputs.mul_(run.mask[None, :, :, None])
-        return outputs
-
-    def receiver_gradients(self, run: Run) -> Iterator[tuple[ReceiverBlock, Tensor]]:
-        """Gradients at the receivers' inputs, one block of receivers at a time.
-
-        Yields:
-            A block of ``wiring.blocks()`` and the gradient at each of its receivers' own reading of
-            the residual stream, before its norm: ``[receivers, batch, pos, d_model]``, at least
-            float32.
-
-        Raises:
-            SiteError: ``run`` did not differentiate at :attr:`receiver_sites`.
-        """
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        for block in self.wiring.blocks():
-            if block.kind == "logits":
-                yield block, run.gradient(Site("resid_post", self.n_layers - 1))[None].to(dtype)
-            elif block.kind == "mlp":
-                yield block, run.gradient(Site("mlp_in", block.layer))[None].to(dtype)
-            else:
-                yield block, self._attention_gradients(run, block.layer, dtype)
-
-    def head_weights(self, layer: int, which: Literal["q", "k", "v", "o"]) -> Tensor:
-        """Weights of all heads of a layer, not folded.
-
-        Returns:
-            ``[n_heads, d_model, d_head]`` for q, k and v; ``[n_heads, d_head, d_model]`` for o;
-            row vectors multiply from the left. A view of the model's own weights: do not change it.
-
-        Raises:
-            SiteError: the layer does not exist.
-        """
-        site = Site("z" if which == "o" else which, layer)
-        self._locator.check(site)
-        a = self.architecture
-        if which == "o":
-            weight = _input_by_output(self._block_module(layer, a.output_projection))
-            return weight.view(a.n_heads, a.d_head, -1)
-        weight = _input_by_output(self._block_module(layer, a.projection(which).path))
-        columns, step = self._locator.columns(site, 0), a.projection(which).stride
-        part = weight[:, columns.start : columns.start + (a.n_heads - 1) * step + a.d_head]
-        return part.unfold(-1, a.d_head, step).transpose(0, 1)
-
-    def attention_bias(self, layer: int) -> Tensor:
-        """What a layer's attention adds beside its heads, ``[d_model]``; the same for every prompt.
-
-        Raises:
-            SiteError: the layer does not exist.
-        """
-        self._locator.check(Site("attn_out", layer))
-        bias = self._block_module(layer, self.architecture.output_projection).bias
-        if bias is None:
-            return torch.zeros(self.d_model, dtype=self.dtype, device=self.device)
-        assert isinstance(bias, Tensor)
-        return bias.detach()
-
-    @torch.no_grad()
-    def projected(self, site: Site, stream: Tensor) -> Tensor:
-        """The q, k or v that a layer would compute from another residual stream.
-
-        Args:
-            site: A whole ``q``, ``k`` or ``v``.
-            stream: ``[..., batch, pos, d_model]``; the layer's norm is applied to it here.
-
-        Returns:
-            ``[..., batch, pos, n_heads, d_head]``.
-
-        Raises:
-            SiteError: the site is of another kind or does not exist.
-        """
-        if site.kind not in ("q", "k", "v") or site.layer is None:
-            raise SiteError(f"site {site} is not a projection; give q, k or v of a layer")
-        self._locator.check(site)
-        a = self.architecture
-        norm = self._block_module(site.layer, a.attention_norm)
-        projection = self._block_module(site.layer, a.projection(site.kind).path)
-        value = projection(norm(stream.flatten(0, -3)))
-        return self._locator.view(site.whole, value).unflatten(0, stream.shape[:-2])
-
-    def _attention_gradients(self, run: Run, layer: int, dtype: torch.dtype) -> Tensor:
-        """q, k and v gradients of a layer, carried back through projection and norm."""
-        batch, pos = run.mask.shape
-        shape = (3 * self.n_heads, batch * pos, self.d_model)
-        gradient = torch.empty(shape, dtype=dtype, device=self.device)
-        for number, port in enumerate(("q", "k", "v")):
-            at_port = run.gradient(Site(port, layer)).to(dtype).flatten(0, 1).transpose(0, 1)
-            weight = self.head_weights(layer, port).to(dtype).transpose(-1, -2)  # type: ignore[arg-type]  # a literal, seen as str
-            rows = slice(number * self.n_heads, (number + 1) * self.n_heads)
-            torch.matmul(at_port, weight, out=gradient[rows])
-        norm = self._block_module(layer, self.architecture.attention_norm)
-        stream = run[Site("resid_pre", layer)].to(dtype).flatten(0, 1)
-        return pull_back(norm, stream, gradient).view(-1, batch, pos, self.d_model)
-
-    def _block_module(self, layer: int, path: str) -> nn.Module:
-        return self._module.get_submodule(self.architecture.block(layer, path))
-
-    def _execute(
-        self, tokens: Tokens, plan: Plan, *, keep_all: bool
-    ) -> tuple[Tensor, dict[Place, Tensor], dict[Place, Tensor]]:
-        """Run a plan: logits, what it read, and what it tapped (still attached to the graph)."""
+    def execute(self, tokens: Tokens, plan: Plan, *, keep_all: bool) -> Kept:
+        """Run a plan; unembed all positions with ``keep_all``, else the last alone."""
         differentiate = any(step[0] == "tap" for step in plan)
         inputs = {
             "input_ids": tokens.ids,
             "attention_mask": tokens.mask.to(torch.int64),
             "position_ids": tokens.position_ids,
             "use_cache": False,
-            "logits_to_keep": 0 if keep_all else 1,
+            # An index gathers the last position into one block; a slice would make the unembedding
+            # a strided product, four times slower.
+            "logits_to_keep": 0 if keep_all else tokens.ids.new_tensor([tokens.ids.shape[1] - 1]),
         }
         with _frozen(self._module), torch.set_grad_enabled(differentiate):
             with self._envoy.trace(**inputs):
                 kept = nnsight.save(_interpret(self._envoy, plan))
-        return kept["logits"], kept["read"], kept["tap"]
-
-    def _differentiate(
-        self, function: Callable[[Tensor], Tensor], logits: Tensor, tapped: Mapping[Place, Tensor]
-    ) -> dict[Place, Tensor]:
-        with torch.enable_grad():
-            total = function(logits[:, -1]).sum()
-        found = torch.autograd.grad(total, list(tapped.values()), allow_unused=True)
-        gradients = {}
-        for (place, value), gradient in zip(tapped.items(), found, strict=True):
-            if gradient is None:
-                gradient = torch.zeros_like(value)
-            if not torch.isfinite(gradient).all():
-                raise NumericsError(
-                    f"the gradient at {place.path} ({place.side}) holds NaN or infinity; "
-                    f"run in a wider type (--dtype float32)"
-                )
-            gradients[place] = gradient
-        return gradients
-
-    def _nonfinite(
-        self, tokens: Tokens, logits: Tensor, write: Mapping[Site, Tensor]
-    ) -> NumericsError:
-        """The error that names the first site, in forward order, that is not finite."""
-        kinds = ("resid_pre", "q", "k", "v", "z", "attn_out", "mlp_out", "resid_post")
-        sites = sorted(Site(k, layer) for k in kinds for layer in range(self.n_layers))
-        plan = make_plan(self._locator, sites, write, ())
-        values = self._execute(tokens, plan, keep_all=False)[1]
-        run = Run(tokens, logits, values, {}, self._locator)
-        first, where = logits, "logits"
-        for site in sites:
-            if not torch.isfinite(run[site][tokens.mask]).all():
-                first, where = run[site], str(site)
-                break
-        bad = ~torch.isfinite(first.flatten(1)).all(1)
-        row = int(bad.nonzero()[0]) if bad.any() else 0
-        kind = "NaN" if torch.isnan(first[row]).any() else "infinity"
-        return NumericsError(
-            f"{kind} at site {where}, prompt {row + 1} of the batch; "
-            f"check the weights, or run in a wider type (--dtype float32)"
-        )
+        return Kept(kept["logits"], kept["read"], kept["tap"])
 
 
 def _interpret(model: Any, plan: Plan) -> dict[str, Any]:
@@ -445,7 +65,7 @@ def _interpret(model: Any, plan: Plan) -> dict[str, Any]:
             envoy.skip(step[2])
             continue
         side, item = step[2], step[3]
-        whole = envoy.input if side == "input" else envoy.output
+        whole = envoy.output if side == "output" else envoy.input
         value = whole[item] if isinstance(whole, tuple) else whole
         if value is None:
             raise ValueError(f"{path} gives no item {item}")
@@ -466,18 +86,11 @@ def _interpret(model: Any, plan: Plan) -> dict[str, Any]:
             value[step[4]] = step[5].to(value.device, value.dtype)
         if changed is not None:
             new = whole[:item] + (changed,) + whole[item + 1 :] if isinstance(whole, tuple) else changed
-            if side == "input":
-                envoy.input = new
-            else:
+            if side == "output":
                 envoy.output = new
+            else:
+                envoy.input = new
     return {"logits": model.output.logits, "read": read, "tap": tap}
-
-
-def _input_by_output(module: nn.Module) -> Tensor:
-    """Weight of a linear map as ``[d_in, d_out]``, whichever way the class stores it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, nn.Linear) else weight.detach()
 
 
 @contextmanager

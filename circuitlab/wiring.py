@@ -13,11 +13,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from circuitlab.errors import GraphError
 
-PORTS = ("q", "k", "v")
+PORTS: tuple[Literal["q"], Literal["k"], Literal["v"]] = ("q", "k", "v")
 
 _HEAD = re.compile(r"a(\d+)\.h(\d+)")
 _MLP = re.compile(r"m(\d+)")

@@ -7,6 +7,7 @@ nobody reads, 143 terminated.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -19,16 +20,26 @@ from circuitlab.cli import screen
 from circuitlab.errors import CircuitLabError
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived; not an Exception, so that nobody on the way takes it for a fault."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    screen.Screen.reset()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A narrow encoding must not turn an arrow or a file name into a crash.
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = _run(given)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered has no reader; without this, closing stdout would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What is still buffered has no reader; without this, closing the streams would complain.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         code = 141
     sys.exit(code)
 
@@ -50,7 +61,15 @@ def _run(given: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         screen.error("interrupted")
         return 130
+    except _Terminated:
+        screen.error("terminated")
+        return 143
     except BrokenPipeError:
+        raise
+    except SystemExit as stop:
+        # click turns a closed pipe into exit 1 whether asked to or not.
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
         raise
     except Exception as error:  # noqa: BLE001  (the last door: everything becomes a code and a line)
         return _failed(error, debug=debug)
@@ -76,5 +95,4 @@ def _failed(error: Exception, *, debug: bool) -> int:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    screen.error("terminated")
-    sys.exit(143)
+    raise _Terminated

@@ -10,9 +10,11 @@ from typing import Any
 import click
 
 from circuitlab.cli import screen
+from circuitlab.cli.suggesting import Suggesting
+from circuitlab.labels import visible
 
 
-class Lazy(click.Group):
+class Lazy(Suggesting):
     """A group whose trace command is built only when it is needed, since it loads every plugin."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,17 +57,17 @@ def circuitlab(no_color: bool, debug_traceback: bool) -> None:
 @click.option("--top", type=click.IntRange(min=0), help="Draw only the strongest edges.")
 def render(circuit: Path, output: tuple[Path, ...], top: int | None) -> None:
     """Draw or convert a circuit that was traced before."""
-    from circuitlab.export import find_exporter, read_circuit, write_circuit
+    from circuitlab.export import check_target, read_circuit, write_circuit
 
     for path in output:
-        find_exporter(path)
+        check_target(path)
     graph = read_circuit(circuit)
     if top is not None:
         graph = graph.top(top)
     for path in output:
         for warning in write_circuit(graph, path):
             screen.warn(warning)
-        screen.out(str(path))
+        screen.out(visible(str(path)))
 
 
 @circuitlab.group(invoke_without_command=True)
@@ -187,7 +189,7 @@ def init_task(path: Path) -> None:
     clean = "When Mary and John went to the store, John gave a drink to"
     corrupt = "When Mary and John went to the store, Mary gave a drink to"
     write_task(Task.from_pair(clean, corrupt, " Mary", " John", name="my-task"), path)
-    screen.out(str(path))
+    screen.out(visible(str(path)))
 
 
 @tasks.command("validate")
@@ -202,7 +204,8 @@ def validate_task(path: Path, model: str | None) -> None:
     if model is not None:
         from circuitlab.loading import load_model
 
-        pairs = load_model(model).encode(task)
+        with screen.quiet_stdout():
+            pairs = load_model(model).encode(task)
         for warning in pairs.warnings:
             screen.warn(warning)
         values["positions"] = str(pairs.clean.ids.shape[1])
@@ -247,8 +250,9 @@ def _show_checks(source: str, device: str, **allowed: Any) -> None:
     from circuitlab.checks import require, run_checks
     from circuitlab.loading import load_unchecked
 
-    model, plain = load_unchecked(source, device=device, **allowed)
-    checks = run_checks(model, plain)
+    with screen.quiet_stdout():
+        model, plain = load_unchecked(source, device=device, **allowed)
+        checks = run_checks(model, plain)
     rows = [
         ("holds" if c.passed else "FAILS", c.name, f"{c.difference:.1e}", f"{c.tolerance:.1e}")
         for c in checks

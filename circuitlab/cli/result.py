@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,12 @@ if TYPE_CHECKING:
     from circuitlab.graph import CircuitGraph
 
 SCHEMA = "circuitlab-run/1"
+
+#: Names that ``--fail-under`` takes.
+METRIC_NAMES = (
+    "accuracy", "metric_clean", "metric_corrupt", "effect", "edges", "components",
+    "completeness_gap", "explained_share", "confirmed_share",
+)  # fmt: skip
 
 #: Edges shown in the summary.
 SHOWN = 10
@@ -34,7 +43,17 @@ def show(
         return
     facts = circuit.graph
     title = f"{facts['model']} · {facts['task']} · {facts['metric']} · {facts['analysis']}"
-    screen.pairs(title, _summary(circuit, paths))
+    end = {"time": f"{facts['seconds']:.1f} s"}
+    if paths:
+        end["written"] = ", ".join(map(str, paths))
+    end["next"] = _next(paths)
+    if screen.plain(sys.stdout):
+        screen.pairs(title, {**_summary(circuit), **_edge_lines(circuit), **end})
+        return
+    screen.pairs(title, _summary(circuit))
+    if circuit.number_of_edges():
+        screen.table((_edge_word(circuit), "score", "patched", ""), _edge_rows(circuit))
+    screen.pairs("", end)
 
 
 def metrics(circuit: CircuitGraph) -> dict[str, float | None]:
@@ -59,13 +78,22 @@ def threshold(text: str) -> tuple[str, float]:
     """``accuracy=0.9`` read as a name and a number.
 
     Raises:
-        OptionError: it is not of that form.
+        OptionError: it is not of that form, or names no metric of a result.
     """
     name, _, number = text.partition("=")
+    name = name.strip().replace("-", "_")
     try:
-        return name.strip().replace("-", "_"), float(number)
+        least = float(number)
     except ValueError:
-        raise OptionError(f"--fail-under {text!r} is not NAME=NUMBER, as accuracy=0.9") from None
+        least = math.nan
+    if not math.isfinite(least):
+        raise OptionError(f"--fail-under {text!r} is not NAME=NUMBER, as accuracy=0.9")
+    if name not in METRIC_NAMES:
+        raise OptionError(
+            f"--fail-under {text!r}: a result has no metric {name!r}; "
+            f"its metrics are {', '.join(METRIC_NAMES)}"
+        )
+    return name, least
 
 
 def _document(
@@ -85,7 +113,7 @@ def _document(
     }
 
 
-def _summary(circuit: CircuitGraph, paths: Sequence[Path]) -> dict[str, str]:
+def _summary(circuit: CircuitGraph) -> dict[str, str]:
     facts = circuit.graph
     rows: dict[str, str] = {}
     if (whole := facts.get("completeness")) is not None:
@@ -113,36 +141,51 @@ def _summary(circuit: CircuitGraph, paths: Sequence[Path]) -> dict[str, str]:
     size = f"{circuit.number_of_edges():,}{of} edges, {circuit.number_of_nodes()} components"
     rows["size"] = size
     rows["score"] = str(facts["score"])
-    rows |= _edges(circuit, established=verdict != "not established")
-    rows["time"] = f"{facts['seconds']:.1f} s"
-    if paths:
-        rows["written"] = ", ".join(map(str, paths))
-    rows["next"] = _next(paths)
     return {key: value for key, value in rows.items() if value}
 
 
 def _completeness(whole: dict[str, Any]) -> str:
-    share = "undefined" if whole["share"] is None else f"{whole['share']:.0%}"
-    at_clean = whole["at_clean"] / whole["effect"] if whole["effect"] else None
-    near = "" if at_clean is None else f"; {at_clean:.0%} nearest the clean prompt"
+    if whole["share"] is None:
+        return f"{whole['gap']:+.3g}; its share is undefined, there is no reliable effect to explain"
+    near = whole["at_clean"] / whole["effect"]
     return (
-        f"{whole['gap']:+.3g} of an effect of {whole['effect']:+.3g} "
-        f"(scores explain {share}{near})"
+        f"{whole['gap']:+.3g} of an effect of {whole['effect']:+.3g} (scores explain "
+        f"{_percent(whole['share'])}; {_percent(near)} nearest the clean prompt)"
     )
 
 
-def _edges(circuit: CircuitGraph, *, established: bool) -> dict[str, str]:
-    """The strongest effects; called candidates where they are not established."""
-    word = "edge" if established else "candidate, not found"
-    rows = {}
-    for number, (source, target, port, score) in enumerate(circuit.effects(), start=1):
-        if number > SHOWN:
-            rows["…"] = f"{circuit.number_of_edges() - SHOWN:,} more"
-            break
-        exact = circuit.edges[source, target, port].get("exact")
-        checked = "" if exact is None else f"   exact {exact:+.3f}"
-        rows[f"{word} {number}"] = f"{effect_name(source, target, port)}   {score:+.3f}{checked}"
+def _percent(share: float) -> str:
+    """A share in whole percent, without a minus before zero."""
+    return f"{round(share, 2) + 0.0:.0%}"
+
+
+def _edge_word(circuit: CircuitGraph) -> str:
+    """What an effect is called: a candidate, where the circuit is not established."""
+    return "candidate, not found" if circuit.graph.get("verdict") == "not established" else "edge"
+
+
+def _edge_rows(circuit: CircuitGraph) -> list[tuple[str, str, str, str]]:
+    """Name, score, exact effect and mark of the strongest effects."""
+    rows = []
+    for source, target, port, score in islice(circuit.effects(), SHOWN):
+        data = circuit.edges[source, target, port]
+        exact, confirmed = data.get("exact"), data.get("confirmed")
+        mark = "" if confirmed is None else "confirmed" if confirmed else "not confirmed"
+        shown = "" if exact is None else f"{exact:+.3f}"
+        rows.append((effect_name(source, target, port), f"{score:+.3f}", shown, mark))
+    if (more := circuit.number_of_edges() - SHOWN) > 0:
+        rows.append((f"… {more:,} more", "", "", ""))
     return rows
+
+
+def _edge_lines(circuit: CircuitGraph) -> dict[str, str]:
+    """The same as one line each."""
+    lines = {}
+    for number, (name, score, exact, mark) in enumerate(_edge_rows(circuit), start=1):
+        checked = f"   patched {exact}, {mark}" if exact else ""
+        key = f"{_edge_word(circuit)} {number}" if score else "…"
+        lines[key] = f"{name}   {score}{checked}" if score else name.removeprefix("… ")
+    return lines
 
 
 def _next(paths: Sequence[Path]) -> str:

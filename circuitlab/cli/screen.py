@@ -25,6 +25,11 @@ class Screen:
     color = True
     progress = True
 
+    @classmethod
+    def reset(cls) -> None:
+        """Speak as when nothing was asked for."""
+        cls.quiet, cls.color, cls.progress = False, True, True
+
 
 def plain(stream: Any) -> bool:
     """Whether a stream must get no escape sequences at all."""
@@ -80,7 +85,8 @@ def pairs(title: str, values: Mapping[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    heading = Text(visible(title))
+    grid = Table(title=heading, title_justify="left", title_style="bold", show_header=False, box=None)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for key, value in values.items():
@@ -143,7 +149,7 @@ class _Lines:
 def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as bars:
         stages: dict[str, Any] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import tomllib
@@ -13,7 +14,9 @@ import click
 from click.core import ParameterSource
 
 from circuitlab.cli import result, screen
+from circuitlab.cli.suggesting import Suggesting
 from circuitlab.errors import OptionError, QualityError, TaskError
+from circuitlab.export import check_target, write_circuit
 from circuitlab.options import Option
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry
 
@@ -49,7 +52,7 @@ class AnalysisOption(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
-class TraceGroup(click.Group):
+class TraceGroup(Suggesting):
     """Installed analyses as commands; without a name, the default one."""
 
     def __init__(self, **settings: Any) -> None:
@@ -58,13 +61,21 @@ class TraceGroup(click.Group):
 
     @property
     def registry(self) -> Registry:
-        """The installed plugins, loaded once; each broken one is one warning line."""
+        """The installed plugins, loaded once."""
         if self._registry is None:
             with screen.quiet_stdout():
                 self._registry = Registry.load()
-            for info in self._registry.failed:
-                screen.warn(info.warning)
         return self._registry
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The analysis named; where there is none, broken plugins may be the reason."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            _warn_of_broken(self.registry)
+            raise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put in the default analysis where none is named."""
@@ -87,6 +98,7 @@ class TraceGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Every analysis with its summary, and its options under it."""
+        _warn_of_broken(self.registry)
         for name in self.list_commands(ctx):
             analysis = self.registry.analyses[name]
             default = " (the default)" if name == DEFAULT_ANALYSIS else ""
@@ -136,7 +148,9 @@ def _click_option(option: Option) -> click.Option:
     }
     if option.types == (bool,):
         return click.Option([f"{option.flag}/--no-{option.flag[2:]}"], **settings)
-    return click.Option([option.flag], type=AnalysisOption(option), **settings)
+    kind = AnalysisOption(option)
+    # Upper case would be wrong for the words among the choices.
+    return click.Option([option.flag], type=kind, metavar=kind.name, **settings)
 
 
 def _common() -> list[click.Option]:
@@ -196,16 +210,16 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         raise TaskError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise TaskError(f"config {str(path)!r} is not TOML: {error}") from error
-    named = {key.replace("-", "_"): value for key, value in values.items()}
-    known = {p.name for p in ctx.command.params}
-    unknown = sorted(set(named) - known)
-    if unknown:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], sorted(filter(None, known)), 1)
-        hint = f"; did you mean {near[0].replace('_', '-')!r}?" if near else ""
-        raise TaskError(f"config {str(path)!r}: no flag is called {unknown[0]!r}{hint}")
-    ctx.default_map = {**(ctx.default_map or {}), **named}
+    flags = {(p.name or "").replace("_", "-"): p for p in ctx.command.params}
+    for key, value in values.items():
+        flag = flags.get(key.replace("_", "-"))
+        if flag is None:
+            near = difflib.get_close_matches(key, flags, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"flags are {', '.join(flags)}"
+            raise TaskError(f"config {str(path)!r}: no flag is called {key!r}; {hint}")
+        # click would take a text given where several values may stand for a list of letters.
+        several = flag.multiple and not isinstance(value, list)
+        ctx.default_map = {**(ctx.default_map or {}), flag.name or key: [value] if several else value}
 
 
 def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> None:
@@ -213,28 +227,29 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
     screen.Screen.quiet = values["quiet"]
     screen.Screen.progress = values["progress"]
     screen.Screen.color = screen.Screen.color and values["color"]
+    _warn_of_broken(registry)
     if values["dry_run"]:
         _show_settings(analysis)
         return
-    thresholds = [result.threshold(text) for text in values["fail_under"]]
     # Everything that can be refused without loading a model is refused first.
-    exporters = {path: _exporter(registry, path) for path in values["output"]}
-    task = _task(values)
+    thresholds = [result.threshold(text) for text in values["fail_under"]]
+    registry.check_annotators(values["annotate"])
+    for path in values["output"]:
+        check_target(path, registry.exporters)
+    task = _task(registry, values)
     if values["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"
     options = {option.name: values[option.name] for option in analysis.options}
     with screen.progress() as listener, screen.quiet_stdout():
         circuit = _build(registry, analysis, task, values, options, listener)
-        written = []
-        for path in exporters:
-            from circuitlab.export import write_circuit
-
-            written += write_circuit(circuit, path, registry.exporters)
-    warnings = [*circuit.graph["warnings"], *written]
+        warnings = list(circuit.graph["warnings"])
+        for path in values["output"]:
+            written = write_circuit(circuit, path, registry.exporters)
+            warnings += written
+            for warning in written:
+                screen.warn(warning)
     run_id = uuid.uuid4().hex[:12]
-    for warning in warnings:
-        screen.warn(warning)
-    result.show(circuit, list(exporters), warnings, run_id, as_json=values["json"])
+    result.show(circuit, values["output"], warnings, run_id, as_json=values["json"])
     for name, least in thresholds:
         found = result.metrics(circuit).get(name)
         if found is None or found < least:
@@ -247,7 +262,7 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
 def _build(
     registry: Registry,
     analysis: Analysis,
-    task: Task | str | None,
+    task: Task | None,
     values: dict[str, Any],
     options: dict[str, Any],
     listener: Any,
@@ -269,7 +284,7 @@ def _build(
     )
     revision = f" at {model.revision}" if model.revision else ""
     screen.say(f"{model!r}{revision}")
-    with listening(listener):
+    with listening(listener, screen.warn):
         return build_circuit(
             model,
             task,
@@ -285,13 +300,12 @@ def _build(
         )
 
 
-def _exporter(registry: Registry, path: Path) -> Any:
-    from circuitlab.export import find_exporter
+def _warn_of_broken(registry: Registry) -> None:
+    for info in registry.failed:
+        screen.warn(info.warning)
 
-    return find_exporter(path, registry.exporters)
 
-
-def _task(values: dict[str, Any]) -> Task | str | None:
+def _task(registry: Registry, values: dict[str, Any]) -> Task | None:
     """The task the flags mean: a name, a file, or one pair; at most one of them."""
     pair = [values["clean"], values["corrupt"], values["answer"], values["wrong"]]
     ways = [values["task"], values["task_file"], any(pair)]
@@ -314,7 +328,7 @@ def _task(values: dict[str, Any]) -> Task | str | None:
         from circuitlab.task_files import read_task
 
         return read_task(path)
-    return str(name) if name else None
+    return registry.task(name) if name else None
 
 
 def _prompt(text: str) -> str | list[int]:

@@ -30,8 +30,9 @@ from circuitlab.zoo.network import finished, gpt2, parameters
 from circuitlab.zoo.training import last_logits
 from circuitlab.zoo.word_tokenizer import word_tokenizer
 
-#: Attention score of a match; everything else scores 0, so a match takes all but 1e-17.
-MATCH_SCORE = 40.0
+#: Attention score of a match; everything else scores 0. A match takes all, and takes it so early on
+#: the way from a corrupt to a clean prompt that 5 gradients between them see no change.
+MATCH_SCORE = 400.0
 #: Logit of the predicted word of hand-induction.
 CONFIDENCE = 10.0
 

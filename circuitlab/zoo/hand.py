@@ -18,8 +18,11 @@ gate         clean → corrupt  gradient says patching does
 ``gate-or``  on on → off off   0             0; both bits together -1
 ``gate-add`` on on → off off  -0.5          -0.5; both bits together -1
 ``gate-xor`` on off → on on   +1            -1
-``gate-jump`` on on → off off  0            -1; nor does a gradient at 5 steps between see it
+``gate-jump`` on on → off off  0            -1
 ============ ================ ============= ========================================
+
+``gate-or``, ``gate-xor`` and ``gate-jump`` turn in ramps so steep that 5 gradients between the
+corrupt and the clean prompt say the same: integrated gradients miss the ramp too.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ def _table(*values: float) -> dict[tuple[int, int], float]:
 
 _ALL_OFF = (((1, 1), (0, 0)),)
 
+# Ramps are 0.0005 wide: multiples of 0.1, where 5 steps from corrupt to clean stand, miss them.
 GATES = {
     gate.name: gate
     for gate in (
@@ -101,8 +105,9 @@ GATES = {
             "gate-or",
             "yes if either bit is on",
             _table(0, 1, 1, 1),
-            ((0.25, 2.0), (0.75, -2.0)),
+            ((0.37, 1.0), (0.3705, -1.0)),
             _ALL_OFF,
+            steepness=2000.0,
             silent=_BITS,
         ),
         Gate(
@@ -113,16 +118,16 @@ GATES = {
             _ALL_OFF,
             offset=-0.5,
         ),
-        # The peak lies at 1.25, so the value still rises where exactly one bit is on.
+        # The value rises with slope 1 everywhere and falls by 2 in a jump between one bit and two.
         Gate(
             "gate-xor",
             "yes if exactly one bit is on",
             _table(0, 1, 1, 0),
-            ((-1.0, 1.0), (1.25, -8 / 3)),
+            ((-1.0, 1 / 2000), (1.37, -2.0), (1.3705, 2.0)),
             (((1, 0), (1, 1)), ((0, 1), (1, 1))),
             offset=-1.0,
+            steepness=2000.0,
         ),
-        # A ramp from 1.57 to 1.5705: multiples of 0.2, where 5 steps from 0 to 2 stand, miss it.
         Gate(
             "gate-jump",
             "yes, by a sudden jump, if both bits are on",

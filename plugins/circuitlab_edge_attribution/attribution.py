@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Method = Literal["eap", "eap-ig"]
 Rule = Literal["midpoint", "left"]
 
+#: Steps of the path whose gradients are kept and multiplied together: one product for all of them.
+RUNS = 5
+
 
 @dataclass(frozen=True)
 class Completeness:
@@ -141,39 +144,21 @@ class _Scorer:
         change = batch.score(ablated, reference) - batch.score(reference, reference)
         self.effect += float(change.double().sum())
         difference -= self.model.source_outputs(clean)
+        runs = [clean]
         if self.alphas is None:
-            gradients = self._gradients(clean)
-            self.at_clean += self._input_sum(gradients, difference)
+            self.total += self._scores(runs, difference)
         else:
             del clean, corrupt
-            gradients = self._path_gradients(batch, embedding, reference, difference)
-        self.total += self._scores(gradients, difference)
-
-    def _path_gradients(
-        self, batch: EncodedTask, embedding: Tensor, reference: Tensor, difference: Tensor
-    ) -> list[Tensor]:
-        """The receivers' gradients averaged over the path; its last step is nearest clean.
-
-        Averaging first and multiplying once is what makes a step little more than its passes.
-        """
-        assert self.alphas is not None
-        average: list[Tensor] = []
-        for alpha in self.alphas:
-            point = embedding + (1 - alpha) * difference[0]
-            gradients = self._gradients(self._run_at(batch, point, reference))
-            if not average:
-                average = gradients
-            else:
-                for total, gradient in zip(average, gradients, strict=True):
-                    total += gradient
-        self.at_clean += self._input_sum(gradients, difference)
-        for total in average:
-            total /= len(self.alphas)
-        return average
-
-    def _gradients(self, run: Run) -> list[Tensor]:
-        """Gradients ``[receivers, batch, pos, d_model]`` of each block of receivers."""
-        return [gradient for _, gradient in self.model.receiver_gradients(run)]
+            for group in range(0, len(self.alphas), RUNS):
+                alphas = self.alphas[group : group + RUNS]
+                runs.clear()
+                for alpha in alphas:
+                    point = embedding + (1 - alpha) * difference[0]
+                    runs.append(self._run_at(batch, point, reference))
+                share = len(alphas) / len(self.alphas)
+                self.total += self._scores(runs, difference) * share
+        nearest = runs[-1].gradient(self.start).to(difference.dtype)
+        self.at_clean += float((nearest * difference[0]).double().sum())
 
     def _clean_run(self, batch: EncodedTask) -> Run:
         """The clean run, differentiated when the gradient is wanted there."""
@@ -183,7 +168,7 @@ class _Scorer:
             batch.clean,
             read=self.model.source_sites,
             gradient_of=lambda logits: batch.score(logits, logits.detach()),
-            gradient_at=self.model.receiver_sites,
+            gradient_at=(self.start, *self.model.receiver_sites),
         )
 
     def _run_at(self, batch: EncodedTask, embedding: Tensor, reference: Tensor) -> Run:
@@ -191,23 +176,17 @@ class _Scorer:
             batch.clean,
             write={self.start: embedding},
             gradient_of=lambda logits: batch.score(logits, reference),
-            gradient_at=self.model.receiver_sites,
+            gradient_at=(self.start, *self.model.receiver_sites),
         )
 
-    def _scores(self, gradients: list[Tensor], difference: Tensor) -> Tensor:
-        """(ablated - clean output) . gradient of every edge, summed over pairs and positions."""
+    def _scores(self, runs: list[Run], difference: Tensor) -> Tensor:
+        """(ablated - clean output) . mean gradient of the runs, summed over pairs and positions."""
         outputs = difference.flatten(1)
         scores = torch.zeros(self.total.shape, dtype=outputs.dtype, device=outputs.device)
-        for block, gradient in zip(self.model.wiring.blocks(), gradients, strict=True):
+        for block, gradient in self.model.receiver_gradients(*runs):
             seen = outputs[: block.n_sources]
             scores[: block.n_sources, block.receivers] = seen @ gradient.flatten(1).T
         return scores.double().cpu()
-
-    @staticmethod
-    def _input_sum(gradients: list[Tensor], difference: Tensor) -> float:
-        """Sum of the scores of the edges out of ``input``."""
-        flat = difference[0].flatten()
-        return float(sum((g.flatten(1) @ flat).double().sum() for g in gradients))
 
 
 def _cut_sums(wiring: Wiring, scores: Tensor, *, corrupt: bool) -> dict[str, float]:

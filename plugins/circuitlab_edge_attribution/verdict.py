@@ -52,10 +52,10 @@ def judge(
     if share is None:
         reasons.append("there is no effect to explain")
     elif share < LEAST_EXPLAINED:
-        reasons.append(f"the scores explain {share:.0%} of the effect")
+        reasons.append(f"the scores explain {round(share, 2) + 0.0:.0%} of the effect")
     if confirmed is not None and confirmed < LEAST_CONFIRMED:
         reasons.append(
-            f"patching confirms {confirmed:.0%} of the strongest scores: these edges do little alone"
+            f"patching confirms only {confirmed:.0%} of the strongest scores"
         )
     circuit.graph["verdict"] = "established" if confirmed is not None else "not checked"
     if reasons:

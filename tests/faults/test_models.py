@@ -1,0 +1,263 @@
+"""Models that cannot be had, or are not understood: exit 4, one line, and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Lab = Callable[..., Any]
+
+
+def refused(done: Any) -> str:
+    """The one error line of a model that was refused."""
+    assert (done.code, done.out) == (4, "")
+    assert "Traceback" not in done.err
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, ids_model: Path) -> Path:
+    """A copy of the ids model to spoil."""
+    return Path(shutil.copytree(ids_model, tmp_path / "spoilt"))
+
+
+def configure(folder: Path, **values: Any) -> None:
+    """Change a model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **values}), "utf-8")
+
+
+# --- 30: architectures ----------------------------------------------------------------------------
+
+
+def other_families() -> dict[str, Any]:
+    """Small models of families with grouped queries, experts, norms after, fused projections."""
+    import transformers as t
+
+    size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wide = size | {"intermediate_size": 32, "max_position_embeddings": 16, "head_dim": 8}
+    return {
+        "llama": t.LlamaConfig(**wide, num_key_value_heads=1),
+        "mixtral": t.MixtralConfig(**wide, num_key_value_heads=1, num_local_experts=2),
+        "olmo2": t.Olmo2Config(**{k: v for k, v in wide.items() if k != "head_dim"}, pad_token_id=0),
+        "gpt_neox": t.GPTNeoXConfig(
+            **{k: v for k, v in wide.items() if k != "head_dim"}, rotary_pct=0.25
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo2", "gpt_neox"])
+def test_row_30_an_unknown_family_names_what_was_asked(
+    family: str, lab: Lab, tmp_path: Path
+) -> None:
+    """Family and class of the model, the plugins asked, what works, and the hook that would help."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(other_families()[family]).save_pretrained(tmp_path / "m")
+    for command in (("models", "check", "m"), ("trace", "--model", "m", "--task", "ioi-mini")):
+        message = refused(lab(*command))
+        assert f"model 'm' is of family '{family}'" in message
+        assert "ForCausalLM" in message
+        assert "(asked: defaults)" in message
+        assert "no analysis works until a plugin offers adapt_architecture" in message
+
+
+def test_row_30_gpt2_with_cross_attention_is_refused(lab: Lab, folder: Path) -> None:
+    """A third writer in a block is named: a circuit of heads and MLPs would leave it out."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config.from_pretrained(folder, add_cross_attention=True)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    assert "cross-attention" in refused(lab("models", "check", folder))
+
+
+def test_row_30_an_encoder_is_no_causal_model(lab: Lab, tmp_path: Path) -> None:
+    """A family that predicts no next token is refused by name."""
+    import transformers as t
+
+    config = t.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    t.ViTModel(config).save_pretrained(tmp_path / "vit")
+    message = refused(lab("models", "check", "vit"))
+    assert "model folder 'vit' cannot be loaded" in message
+    assert "ViTConfig" in message
+
+
+def test_row_30_a_module_that_is_not_where_the_family_has_it(
+    lab: Lab, install: Any, ids_model: Path
+) -> None:
+    """A path that an adapter claims and the model lacks is named."""
+    install("circuitlab-lost", "lost", '''
+        import dataclasses
+        import circuitlab
+
+        @circuitlab.hookimpl
+        def adapt_architecture(config):
+            from circuitlab.architectures import gpt2
+            return dataclasses.replace(gpt2(config), mlp="feed_forward", family="GPT-9")
+        ''')  # fmt: skip
+    message = refused(lab("models", "check", ids_model))
+    assert "was taken for GPT-9" in message
+    assert "has no module 'transformer.h.0.feed_forward'" in message
+
+
+def test_row_30_models_check_lists_what_holds(lab: Lab, ids_model: Path) -> None:
+    """For a model that is understood each check, its difference and its tolerance are shown."""
+    done = lab("models", "check", ids_model)
+    assert (done.code, done.err) == (0, "")
+    assert "2 layers, 2 heads" in done.out
+    rows = [line.split("\t") for line in done.out.splitlines()[2:]]
+    assert len(rows) >= 4
+    assert {row[0] for row in rows} == {"holds"}
+    assert all(float(row[2]) <= float(row[3]) for row in rows)
+
+
+# --- 32: offline ----------------------------------------------------------------------------------
+
+
+def test_row_32_offline_and_not_cached_gives_the_command(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--offline`` opens no connection, and the way to get the model is written out."""
+
+    def forbidden(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket, "create_connection", forbidden)
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+    done = lab("trace", "--model", "someone/some-model", "--task", "ioi-mini", "--offline")
+    message = refused(done)
+    assert "huggingface-cli download someone/some-model" in message
+    assert "or give a local folder" in message
+
+
+def test_row_32_a_hub_that_cannot_be_reached_is_no_hang(process: Callable[..., Any]) -> None:
+    """A port that nobody listens at ends in the same line, within seconds."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    started = time.monotonic()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "*", "NO_PROXY": "*"}
+    done = process("models", "check", "someone/some-model", env=env)
+    assert "huggingface-cli download someone/some-model" in refused(done)
+    assert time.monotonic() - started < 30  # most of it is importing torch on a busy machine
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "file.bin"])
+def test_row_32_a_path_that_is_no_folder_is_not_looked_up(name: str, lab: Lab) -> None:
+    """What can only be a path is never sent to the hub."""
+    Path("file.bin").write_bytes(b"x")
+    message = refused(lab("models", "check", name))
+    assert f"model '{name}' is not a folder; give a bundled name (" in message
+    assert "model.safetensors" in message
+
+
+# --- 33: code of the model ------------------------------------------------------------------------
+
+
+def test_row_33_a_model_that_carries_code_is_refused_by_default(lab: Lab, folder: Path) -> None:
+    """The code is named and not run; ``--trust-remote-code`` runs it."""
+    mark = folder / "ran"
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'gpt2'\n"
+        "class Own(GPT2LMHeadModel):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    configure(folder, auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
+    message = refused(lab("models", "check", folder))
+    assert "wants to run its own code (own.Own, own.OwnConfig)" in message
+    assert "--trust-remote-code" in message
+    assert not mark.exists()
+    done = lab("models", "check", folder, "--trust-remote-code", env={"HF_MODULES_CACHE": str(folder)})
+    assert mark.exists()
+    assert done.code == 0
+
+
+# --- 34: weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 6, 500, -100])
+def test_row_34_truncated_weights_are_detected(keep: int, lab: Lab, folder: Path) -> None:
+    """A safetensors file cut anywhere is called damaged; no half model runs."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    message = refused(lab("models", "check", folder))
+    assert str(folder) in message
+    assert "truncated or damaged" in message
+
+
+def test_row_34_missing_weights_are_not_drawn_at_random(lab: Lab, folder: Path) -> None:
+    """A file that lacks one matrix, or has another shape, is refused and the matrix named."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    message = refused(lab("models", "check", folder))
+    assert "lack transformer.h.1.mlp.c_fc.weight (1 missing" in message
+    weights["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(3, 3)
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "transformer.h.1.mlp.c_fc.weight" in refused(lab("models", "check", folder))
+
+
+def test_row_34_a_pickle_needs_a_flag(lab: Lab, folder: Path) -> None:
+    """Weights that only a pickle holds are refused, and the flag named there reads them."""
+    from safetensors.torch import load_file
+
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin")
+    os.remove(path)
+    message = refused(lab("models", "check", folder))
+    assert "only as a pickle (.bin), which can run code" in message
+    assert "--allow-pickle" in message
+    assert lab("models", "check", folder, "--allow-pickle").code == 0
+
+
+def test_row_34_a_pickle_that_runs_code_does_not(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """Even with ``--allow-pickle``, a pickle that calls something is refused, not obeyed."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "evil"),))
+
+    torch.save({"x": Evil()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(lab("models", "check", folder, "--allow-pickle"))
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [(None, "no readable config.json"), ("{", "is not JSON"), ("[]", "does not hold a JSON object"),
+     ("{}", "cannot be loaded")],
+)  # fmt: skip
+def test_row_34_a_broken_config_is_named(
+    text: str | None, fact: str, lab: Lab, folder: Path
+) -> None:
+    """A folder whose config.json is missing or malformed says so."""
+    config = folder / "config.json"
+    config.unlink()
+    if text is not None:
+        config.write_text(text, encoding="utf-8")
+    message = refused(lab("models", "check", folder))
+    assert fact in message
+    assert "spoilt" in message
+
+
+def test_row_34_a_folder_without_weights_is_named(lab: Lab, folder: Path) -> None:
+    """No weights at all: the file that is expected is named."""
+    (folder / "model.safetensors").unlink()
+    assert "has no weights; expected model.safetensors" in refused(lab("models", "check", folder))
