@@ -22,7 +22,8 @@ MEMORY = 256 * 2**20
 def choose_batch_size(model: TracedModel, pairs: EncodedTask) -> int:
     """Pairs per pass such that their source outputs and receiver gradients fit in :data:`MEMORY`."""
     ends = len(model.wiring.sources) + len(model.wiring.receivers)
-    per_pair = ends * pairs.clean.ids.shape[1] * model.d_model * 4
+    width = torch.promote_types(model.dtype, torch.float32).itemsize
+    per_pair = ends * pairs.clean.ids.shape[1] * model.d_model * width
     return max(1, min(len(pairs), MEMORY // max(1, per_pair)))
 
 

@@ -74,8 +74,10 @@ def build_circuit(
         *baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed),
     ]
     progress.tell(warnings)
-    torch.manual_seed(seed)
-    circuit = _run(chosen, traced, named, options)
+    # The caller's own random numbers go on as if nothing had been drawn here.
+    with torch.random.fork_rng([traced.device] if traced.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        circuit = _run(chosen, traced, named, options)
     progress.tell(circuit.graph.get("warnings", ()))
     if annotate:
         registry.annotate(annotate, circuit, traced, named)
@@ -110,22 +112,21 @@ def _run(
     analysis: Analysis, model: TracedModel, task: Task, options: dict[str, Any]
 ) -> CircuitGraph:
     """The analysis's circuit; what a plugin does wrong becomes a PluginError that names it."""
+    owner = f"analysis {analysis.name!r} of plugin {analysis.plugin!r}"
     try:
         circuit = analysis.function(model, task, **options)
+    except GraphError as error:
+        # The graph is the plugin's own work, whoever noticed.
+        raise PluginError(f"{owner} made a bad circuit: {error}") from error
     except CircuitLabError:
         raise
     except torch.cuda.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:  # a plugin may raise anything
-        raise PluginError(
-            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} failed: {describe(error)}"
-        ) from error
+        raise PluginError(f"{owner} failed: {describe(error)}") from error
     if not isinstance(circuit, CircuitGraph):
-        raise PluginError(
-            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} returned "
-            f"{type(circuit).__name__}, not a CircuitGraph"
-        )
-    _validate(circuit, f"analysis {analysis.name!r} of plugin {analysis.plugin!r}")
+        raise PluginError(f"{owner} returned {type(circuit).__name__}, not a CircuitGraph")
+    _validate(circuit, owner)
     return circuit
 
 
@@ -134,7 +135,7 @@ def _validate(circuit: CircuitGraph, owner: str) -> None:
         circuit.validate()
         _check_values(circuit)
     except GraphError as error:
-        raise PluginError(f"{owner} returned a bad circuit: {error}") from error
+        raise PluginError(f"{owner} made a bad circuit: {error}") from error
 
 
 def _check_values(circuit: CircuitGraph) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from circuitlab.errors import ModelError, QualityError, SiteError
+from circuitlab.errors import ModelError, NumericsError, QualityError
 from circuitlab.prompts import Tokens
 from circuitlab.sites import Site
 
@@ -81,21 +81,21 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
     """Compare the traced model with the plain one, and with its own description.
 
     Checks: the same logits; the sources and constants sum to the residual stream; q, k and v are
-    its projections; writing what was read changes nothing; a padded prompt gives the logits of the
-    same prompt alone.
+    its projections; heads carry nothing but their values; MLPs read the stream they are said to;
+    writing what was read changes nothing; a padded prompt gives the logits of the same prompt alone.
 
     Raises:
         QualityError: the description of the model does not fit it, so that it cannot be traced.
     """
     try:
         return _compare(model, plain)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NumericsError):
         raise
-    except (SiteError, RuntimeError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:  # modules that are not what they are said to be fail in every way
+        fact = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise QualityError(
-            f"model {model.name!r} cannot be traced as {model.architecture.family}: "
-            f"{str(error).strip().splitlines()[-1]}; what a plugin's adapt_architecture says of it "
-            f"does not fit"
+            f"model {model.name!r} cannot be traced as {model.architecture.family}: {fact}; "
+            f"what a plugin's adapt_architecture says of it does not fit"
         ) from error
 
 
@@ -103,9 +103,12 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     layers = range(model.n_layers)
     ports = [Site(k, n) for n in layers for k in ("q", "k", "v")]
     sites = [*ports, *(Site("attn_out", n) for n in layers)]
-    streams = [Site("resid_pre", n) for n in layers]
+    streams = [Site(k, n) for n in layers for k in ("resid_pre", "mlp_in")]
     last = Site("resid_post", model.n_layers - 1)
     run = model.run(plain.tokens, read=[*model.source_sites, *streams, *sites, last], logits="all")
+    heads = [Site("z", n) for n in layers]
+    valueless = {Site("v", n): torch.zeros((), dtype=model.dtype) for n in layers}
+    mixed = model.run(plain.tokens, read=heads, write=valueless)
     mask = plain.tokens.mask
     written = {site: run[site] for site in (*model.source_sites, *sites)}
     identity = model.run(plain.tokens, write=written, logits="all").logits
@@ -114,11 +117,25 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     projected = [model.projected(s, run[Site("resid_pre", s.layer)])[mask] for s in ports]
     return [
         _check("logits equal plain Hugging Face", run.logits[mask], real, model),
-        _check("components sum to the residual stream", _summed(model, run), run[last], model, mask),
+        _check(
+            "components sum to the residual stream", _summed(model, run), run[last], model, mask
+        ),
         _check(
             "q, k and v are projected from the residual stream",
             torch.stack(projected),
             torch.stack([run[site][mask] for site in ports]),
+            model,
+        ),
+        _check(
+            "heads carry nothing but their values",
+            torch.stack([run[head] - mixed[head] for head in heads])[:, mask],
+            torch.stack([run[head] for head in heads])[:, mask],
+            model,
+        ),
+        _check(
+            "MLPs read the stream they are said to read",
+            torch.stack([run[Site("mlp_in", n)] for n in layers])[:, mask],
+            torch.stack([_heard(model, run, n) for n in layers])[:, mask],
             model,
         ),
         _check("writing what was read changes nothing", identity[mask], real, model),
@@ -134,7 +151,9 @@ def require(model: TracedModel, checks: list[Check]) -> None:
     """
     failed = [c for c in checks if not c.passed]
     if failed:
-        facts = "; ".join(f"{c.name}: off by {c.difference:.2g}, at most {c.tolerance:.2g}" for c in failed)
+        facts = "; ".join(
+            f"{c.name}: off by {c.difference:.2g}, at most {c.tolerance:.2g}" for c in failed
+        )
         raise QualityError(
             f"model {model.name!r} as traced ({model.architecture.family}, {model.dtype}) fails its "
             f"self-check: {facts}; no score from it could be trusted"
@@ -147,6 +166,12 @@ def _summed(model: TracedModel, run: Any) -> Tensor:
     for layer in range(model.n_layers):
         total += model.attention_bias(layer)
     return total
+
+
+def _heard(model: TracedModel, run: Any, layer: int) -> Tensor:
+    """The stream that the MLP of a layer reads, by the model's description."""
+    stream: Tensor = run[Site("resid_pre", layer)]
+    return stream if model.architecture.parallel else stream + run[Site("attn_out", layer)]
 
 
 def _check(

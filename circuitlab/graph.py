@@ -31,9 +31,7 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no ty
     Every networkx algorithm works on it; copies and subgraphs are CircuitGraphs again.
     """
 
-    def add_component(
-        self, name: str, *, kind: str, layer: int, **data: Any
-    ) -> str:
+    def add_component(self, name: str, *, kind: str, layer: int, **data: Any) -> str:
         """Add a component and return its name.
 
         Args:
@@ -45,7 +43,9 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no ty
         self.add_node(name, kind=kind, layer=layer, **data)
         return name
 
-    def add_effect(self, source: str, target: str, score: float, *, port: str = "", **data: Any) -> None:
+    def add_effect(
+        self, source: str, target: str, score: float, *, port: str = "", **data: Any
+    ) -> None:
         """Add the effect of ``source`` on ``target`` through ``port``, replacing an earlier one.
 
         Args:
@@ -72,7 +72,9 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no ty
 
     def effects(self) -> Iterator[tuple[str, str, str, float]]:
         """(source, target, port, score) of every effect, strongest first, ties by name."""
-        effects = [(s, t, str(p), float(d["score"])) for s, t, p, d in self.edges(keys=True, data=True)]
+        effects = [
+            (s, t, str(p), float(d["score"])) for s, t, p, d in self.edges(keys=True, data=True)
+        ]
         return iter(sorted(effects, key=lambda e: (-abs(e[3]), e[:3])))
 
     def top(self, n: int) -> Self:
@@ -86,7 +88,9 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no ty
         if "input" not in self or "logits" not in self:
             circuit: Self = self.edge_subgraph([]).copy()
             return circuit
-        alive = (nx.descendants(self, "input") | {"input"}) & (nx.ancestors(self, "logits") | {"logits"})
+        alive = (nx.descendants(self, "input") | {"input"}) & (
+            nx.ancestors(self, "logits") | {"logits"}
+        )
         circuit = self.subgraph(alive).copy()
         return circuit
 
@@ -98,7 +102,9 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no ty
         """
         for name, data in self.nodes(data=True):
             if not isinstance(name, str):
-                raise GraphError(f"component {name!r} is named by a {type(name).__name__}, not a str")
+                raise GraphError(
+                    f"component {name!r} is named by a {type(name).__name__}, not a str"
+                )
             for field, kind in (("kind", str), ("layer", int)):
                 if type(data.get(field)) is not kind:
                     raise GraphError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -167,27 +169,42 @@ def _pretrained(
     if local:
         _check_folder(Path(source), trust_remote_code, allow_pickle)
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it draws a bar per weight
     cached_only = local or not _hub_answers()
     loader: Any = AutoModelForCausalLM  # its types know nothing of output_loading_info
     try:
-        module, info = loader.from_pretrained(
-            source,
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            attn_implementation="eager",
-            local_files_only=cached_only,
-            output_loading_info=True,
-        )
+        with _silent_loader():
+            module, info = loader.from_pretrained(
+                source,
+                revision=revision or "main",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if allow_pickle else True,
+                attn_implementation="eager",
+                local_files_only=cached_only,
+                # They are refused below, by name.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # the loader raises every kind; each becomes one clear line
         raise _refusal(source, local, error) from error
     _check_weights(source, info)
     if local and not any((Path(source) / file).exists() for file in TOKENIZER_FILES):
         return module, None
     return module, _tokenizer(source, revision, trust_remote_code, cached_only)
+
+
+@contextmanager
+def _silent_loader() -> Iterator[None]:
+    """The loader without its bars and its report, which has colours even where nobody looks."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _hub_answers() -> bool:
@@ -242,7 +259,9 @@ def _check_folder(folder: Path, trust_remote_code: bool, allow_pickle: bool) -> 
 
 def _check_weights(source: str, info: dict[str, Any]) -> None:
     """Refuse weights that do not fill the model: the rest would be random."""
-    missing, wrong = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    missing = sorted(info["missing_keys"])
+    shapes = info["mismatched_keys"]
+    wrong = sorted(f"{name}, {list(there)} for {list(here)}" for name, there, here in shapes)
     if missing or wrong:
         fact = f"lack {missing[0]}" if missing else f"have another shape for {wrong[0]}"
         raise ModelError(

@@ -95,6 +95,11 @@ class TracedModel:
         return int(self._module.config.vocab_size)
 
     @property
+    def n_parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self._module.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self._module.parameters()).device

@@ -238,7 +238,7 @@ class Registry:
         self.add(plugin, info)
 
     def _checked_hooks(self, plugin: object) -> tuple[str, ...]:
-        known = {name for name in vars(hookspecs) if hasattr(self._manager.hook, name)}
+        known = set(vars(hookspecs)) & set(vars(self._manager.hook))
         hooks = [caller.name for caller in self._manager.get_hookcallers(plugin) or []]
         unknown = sorted(set(hooks) - known)
         if unknown:
@@ -298,6 +298,8 @@ class Registry:
 def describe(error: BaseException) -> str:
     """A stranger's exception in one line: its class and the first line of its text."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, pluggy.PluginValidationError):  # says what is wrong in its last line
+        lines = [f"{lines[0]}: {lines[-1]}"]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

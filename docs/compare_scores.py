@@ -1,6 +1,6 @@
 """Compare the gradient scores with brute force: every edge of a model patched on its own.
 
-Run by hand; prints the tables of docs/scores.md. Options: model names, by default those of the page.
+Run by hand; prints the tables of docs/scores.md. Arguments: model names, by default the page's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compare(name: str) -> None:
     seconds = time.perf_counter() - started
     print(f"\n### {name}\n\n{len(edges)} edges, patched one by one in {seconds:.1f} s.\n")
     print(
-        f"| method | explained | nearest clean | Spearman | sign, all | sign, {STRONGEST} "
+        f"| method | explained | nearest clean | Spearman | wrong sign | of the effect "
         f"| found of {STRONGEST} | seconds |"
     )
     print("|---|---|---|---|---|---|---|---|")
@@ -50,13 +50,13 @@ def compare(name: str) -> None:
             [circuit.edges[source, target, port]["score"] for source, target, port in edges]
         )
         whole = circuit.graph["completeness"]
-        agree = torch.sign(scores) == torch.sign(exact)
+        wrong = torch.sign(scores) != torch.sign(exact)
         strongest = exact.abs().topk(STRONGEST).indices
         found = torch.isin(strongest, scores.abs().topk(STRONGEST).indices).sum()
         print(
             f"| {label} | {whole['share']:.0%} | {whole['at_clean'] / whole['effect']:.0%} "
-            f"| {spearman(scores, exact):.2f} | {agree.double().mean():.0%} "
-            f"| {agree[strongest].double().mean():.0%} | {found} | {seconds:.1f} |"
+            f"| {spearman(scores, exact):.2f} | {wrong.double().mean():.0%} "
+            f"| {exact[wrong].abs().sum() / exact.abs().sum():.1%} | {found} | {seconds:.1f} |"
         )
 
 

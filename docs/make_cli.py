@@ -1,4 +1,4 @@
-"""Write cli.md from the command line's own help; with ``--check`` only say whether it is up to date."""
+"""Write cli.md from the command line's own help; with ``--check`` only compare."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ HEAD = """# Command line
 
 Made by `python docs/make_cli.py` from the commands' own help; do not edit by hand.
 
-A flag may also stand in a TOML file (`--config`) or in the environment (`CIRCUITLAB_TOP=60`); a flag
-comes before the environment, that before the file, that before the default. `--dry-run` shows each
-setting and where it is from. stdout has the result and nothing else; all else goes to stderr.
+A flag of `trace` may also stand in the environment (`CIRCUITLAB_TOP=60`) or in a TOML file
+(`--config`): the command line comes first, then the environment, the file, the default. `--dry-run`
+shows each setting and where it is from. stdout has the result and nothing else; all else goes to
+stderr.
 
 | exit code | meaning |
 |---|---|
@@ -50,11 +51,13 @@ def main() -> int:
 def page() -> str:
     """The whole page."""
     # Only what comes with CircuitLab: another plugin here must not change the page.
-    ours = [e.name for e in entry_points(group="circuitlab") if e.dist and e.dist.name == "circuitlab"]
+    ours = [
+        e.name for e in entry_points(group="circuitlab") if e.dist and e.dist.name == "circuitlab"
+    ]
     os.environ["CIRCUITLAB_PLUGINS"] = ",".join(ours)
     from circuitlab.cli.commands import circuitlab
 
-    root = click.Context(circuitlab, info_name="circuitlab", terminal_width=WIDTH)
+    root = context(circuitlab, None, "circuitlab")
     parts = [f"## `{path}`\n\n```text\n{text}\n```\n" for path, text in helps(root)]
     return HEAD + "\n" + "\n".join(parts)
 
@@ -67,7 +70,13 @@ def helps(ctx: click.Context) -> Iterator[tuple[str, str]]:
         for name in command.list_commands(ctx):
             below = command.get_command(ctx, name)
             if below is not None and not below.hidden:
-                yield from helps(click.Context(below, ctx, name, terminal_width=WIDTH))
+                yield from helps(context(below, ctx, name))
+
+
+def context(command: click.Command, parent: click.Context | None, name: str) -> click.Context:
+    """A context as running the command makes it, of one width on every terminal."""
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    return click.Context(command, parent, name, **settings)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import random_gpt2
 
 import circuitlab
-from oracles import random_gpt2
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +98,7 @@ def _fresh_plugins(patch: pytest.MonkeyPatch) -> None:
 def process_env(tmp_path: Path) -> dict[str, str]:
     """Environment of a real process: none of this one's settings, a home of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CIRCUITLAB_", "HF_"))}
-    paths = [str(tmp_path / "site"), str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")]
+    paths = [*map(str, (tmp_path / "site", ROOT, ROOT / "plugins")), kept.get("PYTHONPATH", "")]
     return kept | {
         "HOME": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -197,7 +197,7 @@ def _byte_tokenizer(*, bos: bool = False) -> Any:
 
 @pytest.fixture(scope="session")
 def ids_pairs(ids_module: Any) -> list[dict[str, Any]]:
-    """Eight pairs of token ids of equal length on which corruption always costs logit difference."""
+    """Eight pairs of token ids of equal length; corruption costs each of them logit difference."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,10 @@ from circuitlab.cli import screen
 from circuitlab.errors import CircuitLabError
 
 
+#: A shell sets it to ask for completions.
+_COMPLETE = "_CIRCUITLAB_COMPLETE"
+
+
 class _Terminated(BaseException):
     """SIGTERM arrived; not an Exception, so that nobody on the way takes it for a fault."""
 
@@ -48,8 +52,14 @@ def _run(given: list[str]) -> int:
     from circuitlab.cli.commands import circuitlab
 
     debug = "--debug-traceback" in given
+    if instruction := os.environ.get(_COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(circuitlab, {}, "circuitlab", _COMPLETE, instruction)
     try:
-        circuitlab.main(given, prog_name="circuitlab", standalone_mode=False)
+        # Not click's main: it makes exit 1 of a closed pipe, whatever it is told.
+        with circuitlab.make_context("circuitlab", given) as context:
+            circuitlab.invoke(context)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.UsageError as error:
@@ -59,17 +69,14 @@ def _run(given: list[str]) -> int:
         screen.error(error.format_message())
         return 2
     except (click.Abort, KeyboardInterrupt):
+        if sys.stderr.isatty():
+            screen.say("")  # the terminal shows ^C where the line would begin
         screen.error("interrupted")
         return 130
     except _Terminated:
         screen.error("terminated")
         return 143
     except BrokenPipeError:
-        raise
-    except SystemExit as stop:
-        # click turns a closed pipe into exit 1 whether asked to or not.
-        if isinstance(stop.__context__, BrokenPipeError):
-            raise stop.__context__ from None
         raise
     except Exception as error:  # noqa: BLE001  (the last door: everything becomes a code and a line)
         return _failed(error, debug=debug)

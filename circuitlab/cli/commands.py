@@ -172,9 +172,7 @@ def show_task(name: str) -> None:
 
     with screen.quiet_stdout():
         registry = Registry.load()
-    if name not in registry.tasks:
-        raise click.UsageError(f"no task {name!r}; tasks are {', '.join(sorted(registry.tasks))}")
-    screen.out(json.dumps(registry.tasks[name].to_json(), indent=1))
+    screen.out(json.dumps(registry.task(name).to_json(), indent=1))
 
 
 @tasks.command("init")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import difflib
 import os
 import sys
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from circuitlab.tasks import Task
 
 METRICS = ("logit-difference", "answer-log-prob", "kl-divergence")
+
+#: Below this many weights a second thread costs more in waiting than it does work.
+ONE_THREAD = 5_000_000
 
 EPILOG = """\b
 Examples:
@@ -282,6 +286,8 @@ def _build(
         allow_pickle=values["allow_pickle"],
         registry=registry,
     )
+    if model.n_parameters < ONE_THREAD:
+        importlib.import_module("torch").set_num_threads(1)
     revision = f" at {model.revision}" if model.revision else ""
     screen.say(f"{model!r}{revision}")
     with listening(listener, screen.warn):

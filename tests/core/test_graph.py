@@ -64,7 +64,7 @@ def test_effect_replaces_an_earlier_one() -> None:
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
 def test_score_must_be_finite(score: float) -> None:
     """What was not measured is left out; a NaN is refused, and the effect is named."""
-    with pytest.raises(GraphError, match="a0.h0 → logits has score .* leave an effect out"):
+    with pytest.raises(GraphError, match=r"a0\.h0 → logits has score .* leave an effect out"):
         small().add_effect("a0.h0", "logits", score)
 
 
@@ -129,7 +129,9 @@ values = st.recursive(
     | st.integers(-(2**53), 2**53)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 

@@ -37,9 +37,7 @@ def mean(values: list[float]) -> float:
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(st.tuples(ids, ids), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_metrics_are_their_definitions(
-    rows: list[tuple[list[int], list[int]]], seed: int
-) -> None:
+def test_metrics_are_their_definitions(rows: list[tuple[list[int], list[int]]], seed: int) -> None:
     """Each prompt's number is the formula's, however many answers its neighbours have."""
     generator = torch.Generator().manual_seed(seed)
     logits, clean = 2 * torch.randn(2, len(rows), VOCAB, generator=generator, dtype=torch.float64)

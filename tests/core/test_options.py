@@ -11,8 +11,9 @@ from circuitlab import OptionError
 from circuitlab.options import COMMON, Option, check_values, read_options
 
 if TYPE_CHECKING:
-    from circuitlab import CircuitGraph, Task, TracedModel
     from nowhere import Unknown
+
+    from circuitlab import CircuitGraph, Task, TracedModel
 
 
 def analysis(
@@ -44,7 +45,7 @@ def test_names_for_type_checkers_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "types", "choices", "optional", "help"),
+    ("name", "types", "choices", "optional", "text"),
     [
         ("method", (), ("eap", "eap-ig"), False, "how"),
         ("top", (int,), ("all",), False, "how many"),
@@ -57,12 +58,12 @@ def test_names_for_type_checkers_do_no_harm() -> None:
     ],
 )
 def test_annotation_is_read(
-    name: str, types: tuple[type, ...], choices: tuple[str, ...], optional: bool, help: str
+    name: str, types: tuple[type, ...], choices: tuple[str, ...], optional: bool, text: str
 ) -> None:
     """Types, words, None and help text come out of every spelling."""
     option = OPTIONS[name]
     assert (option.types, option.choices, option.optional, option.help) == (
-        *(types, choices, optional, help),
+        *(types, choices, optional, text),
     )
 
 

@@ -179,7 +179,7 @@ def test_fit_broadcasts_and_refuses() -> None:
 
 
 def test_parallel_blocks_have_no_middle() -> None:
-    """Where attention and MLP run side by side there is no stream between them; the remedy works."""
+    """Where attention and MLP run side by side there is no stream between; the remedy works."""
     with pytest.raises(SiteError, match=r"resid_mid\.1 does not exist: .* use resid_pre or resid_"):
         PARALLEL.place(Site("resid_mid", 1))
     for kind in ("resid_pre", "resid_post", "mlp_in"):

@@ -52,7 +52,9 @@ def distinct() -> Tensor:
     top=st.integers(0, 30) | st.just("all"),
     threshold=st.none() | st.sampled_from([0.0, 0.5, 1.0, 2.5, 9.0]),
 )
-def test_kept_are_the_strongest(values: list[float], top: int | str, threshold: float | None) -> None:
+def test_kept_are_the_strongest(
+    values: list[float], top: int | str, threshold: float | None
+) -> None:
     """The first of a plain sort by size and name, with ties, zeros, and k of any size."""
     scores = torch.tensor(values, dtype=torch.float64).view(SHAPE)
     edges = named(scores)
@@ -122,7 +124,7 @@ def test_score_that_is_not_finite(value: float) -> None:
     scores = distinct()
     column = [tuple(receiver) for receiver in WIRING.receivers].index(("a0.h1", "k"))
     scores[0, column] = value
-    with pytest.raises(NumericsError, match="edge input->a0.h1<k> has score (nan|-?inf)"):
+    with pytest.raises(NumericsError, match=r"edge input->a0\.h1<k> has score (nan|-?inf)"):
         circuit_of(WIRING, scores, top=1)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from circuitlab import NumericsError, Run, Site, SiteError, Tokens, TracedModel, load_model
+from circuitlab import Run, Site, Tokens, TracedModel, load_model
 
 N_LAYERS, N_HEADS, D_HEAD = 3, 2, 8
 #: float64 sums of some hundred terms, taken in another order.

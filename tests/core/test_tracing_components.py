@@ -99,6 +99,24 @@ def test_receivers_sum_to_the_stream(model: TracedModel, tokens: Tokens) -> None
     assert gap(total, run.gradient(start)) < TOLERANCE
 
 
+def test_receiver_gradients_of_several_runs(model: TracedModel, tokens: Tokens) -> None:
+    """Several runs give the mean of what each gives."""
+    start = Site("resid_pre", 0)
+    clean = full_run(model, tokens)
+    runs = [clean] + [
+        model.run(
+            tokens,
+            write={start: share * clean[start]},
+            gradient_of=difference,
+            gradient_at=model.receiver_sites,
+        )
+        for share in (0.5, 0.2)
+    ]
+    together = model.receiver_gradients(*runs)
+    for found, *each in zip(together, *map(model.receiver_gradients, runs), strict=True):
+        assert gap(found[1], torch.stack([own for _, own in each]).mean(0)) < TOLERANCE
+
+
 def test_float32_receivers_are_float32(tokens: Tokens) -> None:
     """Half-precision models are scored in float32, others in their own type."""
     for dtype, scored in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):

@@ -79,7 +79,7 @@ def test_gradient_of_needs_gradient_at(model: TracedModel) -> None:
 
 
 def test_site_that_was_not_kept(model: TracedModel) -> None:
-    """Asking a run for what it did not keep names the argument that keeps it; following it works."""
+    """A run asked for what it did not keep names the argument that keeps it, and that works."""
     site = Site("mlp_out", 1)
     with pytest.raises(SiteError, match=r"mlp_out\.1 was not kept; name it in run\(\.\.\., read="):
         model.run(PROMPTS)[site]
@@ -150,7 +150,8 @@ def test_gradient_that_is_not_finite(model: TracedModel) -> None:
         return torch.cat([fine, (0 * flat).sqrt()])
 
     with pytest.raises(
-        NumericsError, match=r"at transformer\.h\.1\.mlp \(output\), prompt 2 of the batch, holds NaN"
+        NumericsError,
+        match=r"at transformer\.h\.1\.mlp \(output\), prompt 2 of the batch, holds NaN",
     ):
         model.run(PROMPTS, gradient_of=steep, gradient_at=[Site("mlp_out", 1)])
 

@@ -46,7 +46,9 @@ BROKEN = {
         "answers holds a table; an answer must be text or a token id",
     ),
     "missing.jsonl": ('{"clean": "a", "corrupt": "b"}\n', ":1:", "key 'answers' is missing"),
-    "rows.csv": ("clean,corrupted,correct_idx,incorrect_idx\na,b,x,2\n", ":2:", "correct_idx is 'x'"),
+    "rows.csv": (
+        "clean,corrupted,correct_idx,incorrect_idx\na,b,x,2\n", ":2:", "correct_idx is 'x'",
+    ),
 }  # fmt: skip
 
 
@@ -204,7 +206,8 @@ def test_row_13_a_missing_space_shows_the_tokens_and_the_right_spelling(
 ) -> None:
     """Without its leading space a name is several tokens; the message gives the one that works."""
     message = refused(lab(*pair(text_model, answer="Mary")))
-    assert 'answer "Mary" is 2 tokens [Mar|y], not one; write " Mary", which is one token' in message
+    assert 'answer "Mary" is 2 tokens [Mar|y], not one; ' in message
+    assert 'write " Mary", which is one token' in message
     assert lab(*pair(text_model, answer=" Mary")).code == 0
 
 
@@ -273,7 +276,8 @@ def test_row_16_a_prompt_longer_than_the_context_names_pair_and_lengths(
 ) -> None:
     """The pair, its length and the model's limit are named."""
     long = {**ids_pairs[0], "clean": [1] * 17, "corrupt": [2] * 17}
-    message = refused(lab("trace", "--model", ids_model, "--task-file", write_pairs([ids_pairs[1], long])))
+    task = write_pairs([ids_pairs[1], long])
+    message = refused(lab("trace", "--model", ids_model, "--task-file", task))
     assert "pair 2: clean has 17 tokens, the model reads at most 16" in message
     assert "shorten it or leave the pair out" in message
 

@@ -80,7 +80,7 @@ def test_row_03_scripts_are_inert(text: str, drawn: Callable[[str], Path]) -> No
     folder = drawn(text)
     for element in ET.parse(folder / "drawn.svg").getroot().iter():
         assert element.tag.removeprefix(SVG) in {
-            "svg", "title", "desc", "g", "rect", "text", "tspan", "path", "polygon", "circle", "line",
+            "svg", "title", "desc", "g", "rect", "text", "tspan", "path", "polygon", "line",
         }  # fmt: skip
         names = {name.rpartition("}")[2].lower() for name in element.attrib}
         assert "href" not in names
@@ -88,11 +88,13 @@ def test_row_03_scripts_are_inert(text: str, drawn: Callable[[str], Path]) -> No
     assert any(text in shown for shown in texts(folder))
 
 
-@pytest.mark.parametrize("text", ["bell\x07", "\x1b[31mred\x1b[0m", "nul\0", "\u202egnp", "lone\ud800"])
+@pytest.mark.parametrize(
+    "text", ["bell\x07", "\x1b[31mred\x1b[0m", "nul\0", "\u202ea", "half\ud800"]
+)
 def test_row_04_invisible_characters_become_visible(
     text: str, drawn: Callable[[str], Path], lab: Callable[..., Any]
 ) -> None:
-    """Controls, bidi marks and lone surrogates are written out; XML stays valid, no ESC gets out."""
+    """Controls, bidi marks and surrogates are written out; XML stays valid, no ESC gets out."""
     folder = drawn(text)
     bad = next(c for c in text if not c.isprintable())
     shown = text.replace(bad, f"\\u{{{ord(bad):x}}}")
@@ -101,8 +103,6 @@ def test_row_04_invisible_characters_become_visible(
     for suffix in FORMATS:
         assert bad.encode("utf-8", "surrogatepass") not in (folder / f"drawn{suffix}").read_bytes()
     for command in (("trace", "--task", text), ("tasks", "show", text), ("trace", text)):
-        if "\0" in text:
-            continue  # no argument of a process can hold it
         done = lab(*command)
         assert done.code in (2, 3)
         assert bad not in done.out + done.err
@@ -142,7 +142,8 @@ def test_row_07_task_names_cannot_be_paths(
     done = lab("trace", "--task-file", path, "--output", "out.json")
     assert done.code == 3
     assert "task name" in done.err
-    assert "looks like a path" in done.err or "invisible character" in done.err or "empty" in done.err
+    facts = ("looks like a path", "invisible character", "is empty")
+    assert [fact for fact in facts if fact in done.err]
     assert done.err.count("\n") == 1
     assert sorted(tmp_path.parent.rglob("*")) == before
 

@@ -142,7 +142,8 @@ def test_row_21_ties_are_broken_by_name_and_reported() -> None:
 
 def test_row_22_none_and_more_than_all(lab: Lab, ids_model: Path, ids_task: Path) -> None:
     """``--top 0`` is the empty circuit, a number past the edges the whole one, both exit 0."""
-    empty = lab(*trace(ids_model, ids_task, "--top", "0", "--json", "--output", "e.json", "-o", "e.svg"))
+    outputs = ("--output", "e.json", "--output", "e.svg")
+    empty = lab(*trace(ids_model, ids_task, "--top", "0", "--json", *outputs))
     assert empty.code == 0
     assert empty.json["edges"] == []
     assert set(circuitlab.read_circuit(Path("e.json"))) == {"input", "logits"}
@@ -181,7 +182,7 @@ def test_row_22_values_out_of_range_are_usage_errors(
 def test_row_23_everything_kept_is_the_model_and_nothing_kept_the_ablated_one(
     ids_module: Any, ids_task: Path
 ) -> None:
-    """Writing what each component wrote changes no logit; the corrupt input gives the corrupt run."""
+    """Writing what each component wrote changes nothing; the corrupt input is the corrupt run."""
     model = circuitlab.load_model(ids_module)
     pairs = model.encode(circuitlab.read_task(ids_task))
     clean = model.run(pairs.clean, read=model.source_sites)
@@ -244,7 +245,7 @@ def test_row_24_logits_that_differ_from_plain_hugging_face_stop_the_run(
     assert shown.code == 7
     assert "FAILS\tlogits equal plain Hugging Face" in shown.out
     assert "holds\tcomponents sum to the residual stream" in shown.out
-    with pytest.raises(QualityError, match="off by 0.01"):
+    with pytest.raises(QualityError, match=r"off by 0\.01"):
         circuitlab.load_model(ids_module)
 
 
@@ -286,6 +287,4 @@ def test_row_28_undefined_numbers_are_null_with_a_reason(
 def test_row_28_an_option_cannot_be_nan(ids_module: Any, ids_task: Path) -> None:
     """The Python interface refuses a NaN option as the command line does."""
     with pytest.raises(OptionError, match="threshold=nan is not a finite number"):
-        circuitlab.build_circuit(
-            ids_module, circuitlab.read_task(ids_task), threshold=float("nan")
-        )
+        circuitlab.build_circuit(ids_module, circuitlab.read_task(ids_task), threshold=float("nan"))

@@ -1,0 +1,212 @@
+"""The five hooks: what a plugin offers through each is used, and nothing it did not offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from circuitlab import (
+    Architecture,
+    CircuitGraph,
+    Edge,
+    ModelError,
+    Projection,
+    PromptPair,
+    Site,
+    Task,
+    TracedModel,
+    build_circuit,
+    edge_effects,
+    hookimpl,
+    load_model,
+    write_circuit,
+)
+from circuitlab.registry import PluginInfo, Registry
+from circuitlab.testing import tiny_model, toy_task
+
+TASK = Task("own", (PromptPair((1,), (2,), (3,), (4,)),))
+WEAK: dict[str, Any] = {"allow_weak": True}
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    for name in ("CIRCUITLAB_PLUGINS", "CIRCUITLAB_STRICT_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def installed_and(plugin: object) -> Registry:
+    """What is installed, and this plugin under the name ``own``."""
+    registry = Registry.load()
+    registry.add(plugin, PluginInfo("own", "circuitlab-own", "0.1"))
+    assert registry.failed == []
+    return registry
+
+
+def one_head(model: TracedModel, task: Task, *, size: int = 1) -> CircuitGraph:
+    """One head that matters."""
+    circuit = CircuitGraph(size=size)
+    circuit.add_component("a0.h0", kind="head", layer=0)
+    circuit.add_component("logits", kind="logits", layer=2)
+    circuit.add_effect("a0.h0", "logits", -float(size))
+    return circuit
+
+
+def test_hook_register_analyses() -> None:
+    """An offered analysis is found by name, with its options, summary and plugin, and runs."""
+
+    class Plugin:
+        @hookimpl
+        def register_analyses(self, register: Callable[..., None]) -> None:
+            register("one-head", one_head)
+
+    registry = installed_and(Plugin())
+    analysis = registry.analysis("one-head")
+    assert (analysis.plugin, analysis.summary) == ("own", "One head that matters.")
+    assert [option.name for option in analysis.options] == ["size"]
+    circuit = build_circuit(tiny_model(), toy_task(), "one-head", size=3, registry=registry, **WEAK)
+    assert next(circuit.effects()) == ("a0.h0", "logits", "", -3.0)
+    assert circuit.graph["plugin"] == "own"
+
+
+def test_hook_register_tasks() -> None:
+    """An offered task can be named where a task is asked for."""
+
+    class Plugin:
+        @hookimpl
+        def register_tasks(self, register: Callable[..., None]) -> None:
+            register(TASK)
+
+    circuit = build_circuit(tiny_model(), "own", registry=installed_and(Plugin()), verify=0)
+    assert circuit.graph["task"] == "own"
+
+
+def test_hook_register_exporters(tmp_path: Path) -> None:
+    """An offered format writes files of its suffix."""
+
+    class Plugin:
+        @hookimpl
+        def register_exporters(self, register: Callable[..., None]) -> None:
+            register(".own", lambda circuit, path: path.write_text(str(circuit)) and None)
+
+    path, circuit = tmp_path / "circuit.own", one_head(tiny_model(), TASK)
+    write_circuit(circuit, path, installed_and(Plugin()).exporters)
+    assert path.read_text() == str(circuit)
+
+
+def test_hook_annotate_circuit() -> None:
+    """Only a plugin that is named annotates; it may take a subset of the arguments."""
+
+    class Plugin:
+        @hookimpl
+        def annotate_circuit(self, circuit: CircuitGraph, task: Task) -> None:
+            for _, data in circuit.nodes(data=True):
+                data["task"] = task.name
+
+    registry = installed_and(Plugin())
+    plain = build_circuit(tiny_model(), toy_task(), registry=registry, verify=0, **WEAK)
+    assert all("task" not in data for _, data in plain.nodes(data=True))
+    circuit = build_circuit(
+        tiny_model(), toy_task(), annotate=["own"], registry=registry, verify=0, **WEAK
+    )
+    assert all(data["task"] == "toy" for _, data in circuit.nodes(data=True))
+
+
+class NeoX:
+    """A family of another plugin: parallel blocks, heads interleaved in one projection."""
+
+    @hookimpl
+    def adapt_architecture(self, config: Any) -> Architecture | None:
+        if config.model_type != "gpt_neox":
+            return None
+        d_head = config.hidden_size // config.num_attention_heads
+        ports = [Projection("attention.query_key_value", n * d_head, 3 * d_head) for n in range(3)]
+        return Architecture(
+            family="GPT-NeoX",
+            n_layers=config.num_hidden_layers,
+            n_heads=config.num_attention_heads,
+            d_model=config.hidden_size,
+            d_head=d_head,
+            n_positions=config.max_position_embeddings,
+            embed="gpt_neox.embed_in",
+            blocks="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            attention_norm="input_layernorm",
+            attention="attention",
+            q=ports[0],
+            k=ports[1],
+            v=ports[2],
+            output_projection="attention.dense",
+            mlp_norm="post_attention_layernorm",
+            mlp="mlp",
+            parallel=config.use_parallel_residual,
+        )
+
+
+def neox() -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GPTNeoXForCausalLM(config).eval()
+
+
+def test_hook_adapt_architecture() -> None:
+    """A family that a plugin describes passes the self-check; its gradients and effects are right.
+
+    Gradients at all receivers sum to the stream's; the effect of an edge into logits is what comes
+    of subtracting the source's output from the last stream.
+    """
+    with pytest.raises(ModelError, match=r"family 'gpt_neox'.*no installed plugin describes"):
+        load_model((neox(), None))
+    model = load_model((neox(), None), registry=installed_and(NeoX()))
+    assert (model.architecture.family, model.wiring.parallel) == ("GPT-NeoX", True)
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, 1] - logits[:, 2]
+
+    start = Site("resid_pre", 0)
+    run = model.run(
+        [(1, 2, 3, 4), (5, 6)],
+        read=model.source_sites,
+        gradient_of=metric,
+        gradient_at=[start, *model.receiver_sites],
+    )
+    total = torch.cat([gradient for _, gradient in model.receiver_gradients(run)]).sum(0)
+    expected = run.gradient(start)
+    assert float((total - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    pairs = model.encode(Task("own", (PromptPair((1, 2, 3), (4, 5, 6), (1,), (2,)),)))
+    effect = edge_effects(model, pairs, [Edge("a1.h1", "logits")], ablation="zero")
+    last = Site("resid_post", 1)
+    clean = model.run(pairs.clean, read=[*model.source_sites, last])
+    output = model.source_outputs(clean)[model.wiring.sources.index("a1.h1")]
+    patched = model.run(pairs.clean, write={last: clean[last] - output})
+    change = metric(patched.logits[:, -1]) - metric(clean.logits[:, -1])
+    assert float((effect - change).abs()) < 1e-5
+    assert float(effect.abs()) > 1e-3
+
+
+def test_core_families_come_last() -> None:
+    """A plugin may describe a family that the core knows too, and then its word counts."""
+
+    class Renamed:
+        @hookimpl
+        def adapt_architecture(self, config: Any) -> Any:
+            return "mine" if config.model_type == "gpt2" else None
+
+    assert installed_and(Renamed()).adapt(tiny_model()._module.config) == "mine"
