@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from circuitlab.hookspecs import hookimpl
     from circuitlab.loading import load_model
     from circuitlab.metrics import Metric
+    from circuitlab.model import TracedModel
     from circuitlab.patching import Edge, edge_effects
     from circuitlab.progress import track
     from circuitlab.prompts import EncodedTask, Tokens
+    from circuitlab.run import Run
     from circuitlab.selection import circuit_of
     from circuitlab.sites import Site
     from circuitlab.task_files import read_task, write_task
     from circuitlab.tasks import PromptPair, Task
-    from circuitlab.model import TracedModel
-    from circuitlab.run import Run
     from circuitlab.wiring import ReceiverBlock, Wiring
 
 __version__ = "0.1.0"
@@ -82,15 +82,13 @@ _HOME = {
     "write_task": "task_files",
 }
 
-__all__ = [  # noqa: PLE0604  (a list of strings; sorted by the test that pins it)
-    "edge_effects",
-    "Edge",
-    "choose_batch_size",
-    "Ablator",
+__all__ = [
     "Ablation",
+    "Ablator",
     "Architecture",
     "CircuitGraph",
     "CircuitLabError",
+    "Edge",
     "EncodedTask",
     "GraphError",
     "Metric",
@@ -112,7 +110,9 @@ __all__ = [  # noqa: PLE0604  (a list of strings; sorted by the test that pins i
     "TracedModel",
     "Wiring",
     "build_circuit",
+    "choose_batch_size",
     "circuit_of",
+    "edge_effects",
     "hookimpl",
     "load_model",
     "read_circuit",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from circuitlab.errors import TaskError
-from circuitlab.prompts import EncodedTask
-from circuitlab.sites import Site
 from circuitlab.model import TracedModel
+from circuitlab.prompts import EncodedTask
 from circuitlab.run import Run
+from circuitlab.sites import Site
 
 Ablation = Literal["counterfactual", "zero", "mean"]
 
@@ -20,7 +20,7 @@ MEMORY = 256 * 2**20
 
 
 def choose_batch_size(model: TracedModel, pairs: EncodedTask) -> int:
-    """Pairs per pass such that their source outputs and receiver gradients fit in :data:`MEMORY`."""
+    """Pairs per pass such that their sources and receiver gradients fit in :data:`MEMORY`."""
     ends = len(model.wiring.sources) + len(model.wiring.receivers)
     width = torch.promote_types(model.dtype, torch.float32).itemsize
     per_pair = ends * pairs.clean.ids.shape[1] * model.d_model * width
@@ -46,9 +46,9 @@ class Ablator:
     ) -> None:
         if ablation == "counterfactual" and not pairs.aligned:
             raise TaskError(
-                f"task {pairs.task.name!r}: clean and corrupt prompts of different length were padded, "
-                f"so their positions do not correspond, and outputs cannot be swapped position by "
-                f"position; use --align drop, or --ablation zero or mean"
+                f"task {pairs.task.name!r}: clean and corrupt prompts of different length were "
+                f"padded, so their positions do not correspond, and outputs cannot be swapped "
+                f"position by position; use --align drop, or --ablation zero or mean"
             )
         self.model = model
         self.ablation = ablation
@@ -84,7 +84,7 @@ class Ablator:
 
 
 def _mean_outputs(model: TracedModel, pairs: EncodedTask, batch_size: int) -> Tensor:
-    """Mean output of each source over clean prompts and real positions, ``[n_sources, d_model]``."""
+    """Mean of each source over clean prompts and real positions, ``[n_sources, d_model]``."""
     total = torch.zeros(len(model.wiring.sources), model.d_model, dtype=torch.float64)
     count = 0
     for batch in pairs.batches(batch_size):

@@ -1,4 +1,4 @@
-"""What the model does on a task before anything is patched, and whether that is worth explaining."""
+"""What the model does on a task before anything is patched, and whether it is worth explaining."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from circuitlab.ablation import choose_batch_size
 from circuitlab.errors import NumericsError, TaskError
+from circuitlab.model import TracedModel
 from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask
-from circuitlab.model import TracedModel
 
 RESAMPLES = 2000
 

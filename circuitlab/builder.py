@@ -1,4 +1,4 @@
-"""build_circuit: from a model, a task and the name of an analysis to a circuit with its provenance."""
+"""build_circuit: from a model, a task and an analysis to a circuit with its provenance."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from circuitlab.options import check_values
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry, describe
 
 if TYPE_CHECKING:
-    from circuitlab.tasks import Align, Task
     from circuitlab.model import TracedModel
+    from circuitlab.tasks import Align, Task
 
 
 def build_circuit(
@@ -102,8 +102,9 @@ def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -
     name = task or model.task_name
     if name is None:
         raise TaskError(
-            f"model {model.name!r} has no task of its own; name one (--task, {', '.join(registry.tasks)})"
-            f", or give prompts (--task-file FILE, or --clean --corrupt --answer --wrong)"
+            f"model {model.name!r} has no task of its own; name one (--task, "
+            f"{', '.join(registry.tasks)}), or give prompts (--task-file FILE, or --clean "
+            f"--corrupt --answer --wrong)"
         )
     return registry.task(name)
 

@@ -82,7 +82,7 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
 
     Checks: the same logits; the sources and constants sum to the residual stream; q, k and v are
     its projections; heads carry nothing but their values; MLPs read the stream they are said to;
-    writing what was read changes nothing; a padded prompt gives the logits of the same prompt alone.
+    writing what was read changes nothing; a padded prompt gives its own logits.
 
     Raises:
         QualityError: the description of the model does not fit it, so that it cannot be traced.
@@ -155,8 +155,8 @@ def require(model: TracedModel, checks: list[Check]) -> None:
             f"{c.name}: off by {c.difference:.2g}, at most {c.tolerance:.2g}" for c in failed
         )
         raise QualityError(
-            f"model {model.name!r} as traced ({model.architecture.family}, {model.dtype}) fails its "
-            f"self-check: {facts}; no score from it could be trusted"
+            f"model {model.name!r} as traced ({model.architecture.family}, {model.dtype}) fails "
+            f"its self-check: {facts}; no score from it could be trusted"
         )
 
 

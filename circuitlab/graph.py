@@ -22,8 +22,8 @@ EDGE_SCORE = (
 class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no types
     """A circuit: a ``networkx.MultiDiGraph`` of components and effects, with its provenance.
 
-    * A node is a component: ``input``, ``a9.h6``, ``m5``, ``logits``; its data are at least ``kind``
-      and ``layer``.
+    * A node is a component: ``input``, ``a9.h6``, ``m5``, ``logits``; its data are at least
+      ``kind`` and ``layer``.
     * An edge ``(source, target, key)`` is an effect; ``key`` is the port, ``"q"``, ``"k"``, ``"v"``
       or ``""``; its data are at least ``score``, a finite float.
     * ``graph.graph`` is the provenance; ``graph.graph["score"]`` says in words what a score is.
@@ -49,6 +49,8 @@ class CircuitGraph(nx.MultiDiGraph):  # type: ignore[misc]  # networkx has no ty
         """Add the effect of ``source`` on ``target`` through ``port``, replacing an earlier one.
 
         Args:
+            source: A component of the graph.
+            target: Another that runs after it.
             score: Finite; see ``graph["score"]`` for its meaning and sign.
             port: ``"q"``, ``"k"``, ``"v"``, or ``""`` where the target has one input.
             **data: Plain JSON values kept with the edge.

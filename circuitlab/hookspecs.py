@@ -1,6 +1,7 @@
-"""The five hooks a plugin can implement. A plugin is a module named by a ``circuitlab`` entry point.
+"""The five hooks a plugin can implement.
 
-Arguments are only ever added, and an implementation may take a subset of them.
+A plugin is a module named by an entry point of the group ``circuitlab``. Arguments are only ever
+added, and an implementation may take a subset of them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
     from circuitlab.architectures import Architecture
     from circuitlab.graph import CircuitGraph
-    from circuitlab.tasks import Task
     from circuitlab.model import TracedModel
+    from circuitlab.tasks import Task
 
     AnalysisFunction = Callable[..., CircuitGraph]
     Exporter = Callable[[CircuitGraph, Path], Any]
@@ -31,11 +32,11 @@ hookimpl = pluggy.HookimplMarker("circuitlab")
 def register_analyses(register: Callable[[str, AnalysisFunction], None]) -> None:
     """Offer analyses: call ``register(name, function)`` once for each.
 
-    ``function(model: TracedModel, task: Task, *, option=default, ...) -> CircuitGraph``. The name is
-    kebab-case and unique over all installed plugins. Keyword-only parameters are the options, typed
-    int, float, str, bool, Path or Literal, or a union of these with Literal or None; help text by
-    ``Annotated[int, "..."]``. The docstring's first line is the analysis's help. Called for ``--help``
-    too: do not import torch or run a model here.
+    ``function(model: TracedModel, task: Task, *, option=default, ...) -> CircuitGraph``. The name
+    is kebab-case and unique over all installed plugins. Keyword-only parameters are the options,
+    typed int, float, str, bool, Path or Literal, or a union of these with Literal or None; help
+    text by ``Annotated[int, "..."]``. The docstring's first line is the analysis's help. Called for
+    ``--help`` too: do not import torch or run a model here.
     """
 
 

@@ -50,7 +50,15 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(width - 1, 0)].rstrip() + "…"
 
 
+def excerpt(text: str, width: int = 200) -> str:
+    """``text`` as a message quotes it: nothing invisible, and not all of a long one."""
+    return visible(clip(text, width))
+
+
+def invisible(character: str) -> bool:
+    """Whether a character has no glyph of its own."""
+    return unicodedata.category(character) in _INVISIBLE
+
+
 def _visible(character: str) -> str:
-    if unicodedata.category(character) in _INVISIBLE:
-        return f"\\u{{{ord(character):x}}}"
-    return character
+    return f"\\u{{{ord(character):x}}}" if invisible(character) else character

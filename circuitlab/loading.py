@@ -17,8 +17,8 @@ from torch import nn
 from circuitlab import zoo
 from circuitlab.checks import Probe, probe, require, run_checks
 from circuitlab.errors import ModelError, OptionError
-from circuitlab.registry import Registry, describe
 from circuitlab.model import TracedModel
+from circuitlab.registry import Registry, describe
 
 if TYPE_CHECKING:
     from circuitlab.architectures import Architecture
@@ -49,7 +49,7 @@ def load_model(
             hub id; or a live module, alone or as ``(module, tokenizer)``, tokenizer None for
             prompts of token ids. A live module is put in evaluation mode and keeps its device and
             dtype; a TracedModel is returned unchanged.
-        device: ``auto`` (CUDA where there is any, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: ``auto`` (CUDA if there is any, else CPU), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: Type the weights are loaded in.
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run code that the model's folder or repository carries.
@@ -115,8 +115,8 @@ def load_unchecked(
 def _live_name(module: Any) -> str:
     if not isinstance(module, nn.Module) or not hasattr(module, "config"):
         raise ModelError(
-            f"{type(module).__name__} is not a Hugging Face model; give a bundled name, a folder, a "
-            f"hub id, or (module, tokenizer)"
+            f"{type(module).__name__} is not a Hugging Face model; give a bundled name, a folder, "
+            f"a hub id, or (module, tokenizer)"
         )
     return str(getattr(module, "name_or_path", "") or type(module).__name__)
 
@@ -124,11 +124,13 @@ def _live_name(module: Any) -> str:
 def _architecture(module: Any, name: str, registry: Registry) -> Architecture:
     architecture = registry.adapt(module.config)
     if architecture is None:
-        known = sorted({i.name for i in registry.plugins.values() if "adapt_architecture" in i.hooks})
+        known = sorted(
+            {i.name for i in registry.plugins.values() if "adapt_architecture" in i.hooks}
+        )
         raise ModelError(
             f"model {name!r} is of family {module.config.model_type!r} ({type(module).__name__}), "
-            f"which no installed plugin describes (asked: {', '.join(known)}); the core knows GPT-2; "
-            f"no analysis works until a plugin offers adapt_architecture for it"
+            f"which no installed plugin describes (asked: {', '.join(known)}); the core knows "
+            f"GPT-2; no analysis works until a plugin offers adapt_architecture for it"
         )
     for path in architecture.module_paths():
         try:
@@ -243,8 +245,8 @@ def _check_folder(folder: Path, trust_remote_code: bool, allow_pickle: bool) -> 
     if "auto_map" in described and not trust_remote_code:
         code = ", ".join(sorted(map(str, described["auto_map"].values())))
         raise ModelError(
-            f"model folder {folder} wants to run its own code ({code}); read it, then allow it with "
-            f"--trust-remote-code"
+            f"model folder {folder} wants to run its own code ({code}); read it, then allow it "
+            f"with --trust-remote-code"
         )
     if any(folder.glob("*.safetensors")):
         return
@@ -252,8 +254,8 @@ def _check_folder(folder: Path, trust_remote_code: bool, allow_pickle: bool) -> 
         raise ModelError(f"model folder {folder} has no weights; expected model.safetensors")
     if not allow_pickle:
         raise ModelError(
-            f"model folder {folder} has its weights only as a pickle (.bin), which can run code when "
-            f"it is read; save it with safetensors, or trust it with --allow-pickle"
+            f"model folder {folder} has its weights only as a pickle (.bin), which can run code "
+            f"when it is read; save it with safetensors, or trust it with --allow-pickle"
         )
 
 
@@ -284,7 +286,9 @@ def _tokenizer(
             padding_side="left",
         )
     except Exception as error:  # as above
-        raise ModelError(f"the tokenizer of {source!r} cannot be read: {describe(error)}") from error
+        raise ModelError(
+            f"the tokenizer of {source!r} cannot be read: {describe(error)}"
+        ) from error
 
 
 def _refusal(source: str, local: bool, error: BaseException) -> ModelError:
@@ -312,8 +316,8 @@ def _refusal(source: str, local: bool, error: BaseException) -> ModelError:
             f"the hub has no such repository"
         )
     return ModelError(
-        f"model {source!r} is not bundled ({', '.join(zoo.MODELS)}), is not a folder here, and the hub "
-        f"cannot be reached or has no copy in its cache; with a network run `huggingface-cli "
+        f"model {source!r} is not bundled ({', '.join(zoo.MODELS)}), is not a folder here, and the "
+        f"hub cannot be reached or has no copy in its cache; with a network run `huggingface-cli "
         f"download {source}` (`hf download {source}` in newer versions), or give a local folder"
     )
 

@@ -43,7 +43,9 @@ class Metric:
 
     def __call__(self, logits: Tensor, answers: Answers, reference: Tensor) -> Tensor:
         """The metric of each prompt, ``[batch]``, in at least float32."""
-        return self.function(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers, reference)
+        return self.function(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), answers, reference
+        )
 
 
 def logit_difference(logits: Tensor, answers: Answers, reference: Tensor) -> Tensor:
@@ -80,7 +82,12 @@ def _mean_at(logits: Tensor, ids: Tensor) -> Tensor:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("logit-difference", logit_difference, "right minus wrong answer, logits", needs_wrong=True),
+        Metric(
+            "logit-difference",
+            logit_difference,
+            "right minus wrong answer, logits",
+            needs_wrong=True,
+        ),
         Metric("answer-log-prob", answer_log_prob, "log-probability of the answer, nats"),
         Metric("kl-divergence", kl_divergence, "minus KL(clean ‖ run), nats"),
     )
@@ -96,4 +103,6 @@ def find_metric(name: str) -> Metric:
     try:
         return METRICS[name]
     except KeyError:
-        raise TaskError(f"metric {name!r} does not exist; metrics are {', '.join(METRICS)}") from None
+        raise TaskError(
+            f"metric {name!r} does not exist; metrics are {', '.join(METRICS)}"
+        ) from None

@@ -312,11 +312,11 @@ class TracedModel:
         norm = self._block_module(site.layer, a.attention_norm)
         projection = self._block_module(site.layer, a.projection(site.kind).path)
         value = projection(norm(stream.flatten(0, -3)))
-        return self._locator.view(site.whole, value).reshape(*stream.shape[:-1], a.n_heads, a.d_head)
+        return self._locator.view(site.whole, value).reshape(
+            *stream.shape[:-1], a.n_heads, a.d_head
+        )
 
-    def _attention_gradients(
-        self, runs: Sequence[Run], layer: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _attention_gradients(self, runs: Sequence[Run], layer: int, dtype: torch.dtype) -> Tensor:
         """q, k and v gradients of a layer, carried back through projection and norm."""
         batch, pos = runs[0].mask.shape
         heads = [Site(port, layer) for port in PORTS]

@@ -17,9 +17,10 @@ from circuitlab.errors import OptionError
 COMMON = frozenset(
     {
         "model", "task", "task_file", "clean", "corrupt", "answer", "wrong", "metric", "align",
-        "n_prompts", "allow_weak", "output", "force", "annotate", "device", "dtype", "seed", "revision", "offline",
-        "trust_remote_code", "allow_pickle", "json", "quiet", "progress", "color", "fail_under",
-        "dry_run", "config", "debug_traceback", "remote", "log_level", "resume", "timeout", "help",
+        "n_prompts", "allow_weak", "output", "force", "annotate", "device", "dtype", "seed",
+        "revision", "offline", "trust_remote_code", "allow_pickle", "json", "quiet", "progress",
+        "color", "fail_under", "dry_run", "config", "debug_traceback", "remote", "log_level",
+        "resume", "timeout", "help",
     }
 )  # fmt: skip
 
@@ -84,7 +85,9 @@ class Option:
         if isinstance(value, float) and not math.isfinite(value):
             return False
         allowed = (*self.types, int) if float in self.types else self.types
-        return value in self.choices or isinstance(value, tuple(k for k in allowed if k is not bool))
+        return value in self.choices or isinstance(
+            value, tuple(k for k in allowed if k is not bool)
+        )
 
 
 def read_options(function: Callable[..., Any]) -> tuple[Option, ...]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from circuitlab.ablation import Ablation, Ablator, choose_batch_size
 from circuitlab.errors import GraphError
+from circuitlab.model import TracedModel
 from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask, Tokens
-from circuitlab.sites import Site
-from circuitlab.model import TracedModel
 from circuitlab.run import Run
+from circuitlab.sites import Site
 from circuitlab.wiring import PORTS, Receiver, ReceiverBlock
 
 #: Bytes that the residual streams of the edges patched together may take.
@@ -142,9 +142,7 @@ class _State:
         scores = [self.batch.score(row, self.reference) for row in logits]
         return torch.stack(scores) - self.base
 
-    def _ports(
-        self, layer: int, edges: Sequence[Edge], streams: Tensor
-    ) -> dict[Site, Tensor]:
+    def _ports(self, layer: int, edges: Sequence[Edge], streams: Tensor) -> dict[Site, Tensor]:
         """Values of the ports written: clean everywhere but in each edge's own head."""
         model = self.model
         write = {}

@@ -45,9 +45,7 @@ def tell(warnings: Iterable[str]) -> None:
 
 
 @contextmanager
-def listening(
-    listener: Listener, warned: Callable[[str], None] | None = None
-) -> Iterator[None]:
+def listening(listener: Listener, warned: Callable[[str], None] | None = None) -> Iterator[None]:
     """Progress made inside is told to ``listener``, warnings to ``warned``."""
     token, other = _listener.set(listener), _warned.set(warned)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from circuitlab.errors import OptionError, SiteError, TaskError
 from circuitlab.metrics import METRICS, Answers, Metric, find_metric
 from circuitlab.tasks import Align, Prompt, PromptPair, Task
 from circuitlab.tokenization import Encoder, Tokenizer, quoted
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tokens:
@@ -193,9 +194,7 @@ def encode_task(
     chosen = find_metric(metric or task.metric)
     encoder = Encoder(tokenizer, vocab_size, n_positions)
     notes = _Notes(task)
-    rows = [
-        _encode_pair(encoder, notes, pair, i, chosen) for i, pair in enumerate(task.pairs, 1)
-    ]
+    rows = [_encode_pair(encoder, notes, pair, i, chosen) for i, pair in enumerate(task.pairs, 1)]
     _refuse_equal(task, encoder, rows)
     rows = _align(task, encoder, notes, rows, align)
     _note_repeats(notes, rows)
@@ -337,8 +336,8 @@ def _note_repeats(notes: _Notes, rows: list[_Row]) -> None:
         seen.add(key)
     for number in repeats:
         notes.add(
-            f"{len(repeats)} of {len(rows)} pairs repeat an earlier one; they weigh double in every "
-            f"mean and are no further evidence in an interval, leave them out",
+            f"{len(repeats)} of {len(rows)} pairs repeat an earlier one; they weigh double in "
+            f"every mean and are no further evidence in an interval, leave them out",
             number,
         )
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from circuitlab.architectures import Architecture
     from circuitlab.graph import CircuitGraph
     from circuitlab.hookspecs import AnalysisFunction, Exporter
-    from circuitlab.tasks import Task
     from circuitlab.model import TracedModel
+    from circuitlab.tasks import Task
 
 GROUP = "circuitlab"
 #: Analysis that ``circuitlab trace`` runs when none is named.
@@ -67,8 +67,9 @@ class PluginInfo:
     def warning(self) -> str:
         """One line about the failure, and how to be rid of it."""
         return (
-            f"plugin {self.name!r} ({self.distribution} {self.version}) is left out: {self.failure}; "
-            f"mend it, uninstall it, or list the plugins you want in CIRCUITLAB_PLUGINS"
+            f"plugin {self.name!r} ({self.distribution} {self.version}) is left out: "
+            f"{self.failure}; mend it, uninstall it, or list the plugins you want in "
+            f"CIRCUITLAB_PLUGINS"
         )
 
 
@@ -132,7 +133,7 @@ class Registry:
             offers = self._collect(info)
         except PluginError:
             raise
-        except (Exception, SystemExit) as error:  # a plugin may raise anything; others must go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (a plugin may raise anything)
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)
             info.failure = describe(error)
@@ -231,7 +232,7 @@ class Registry:
         info = PluginInfo(entry.name, dist.name if dist else "?", dist.version if dist else "?")
         try:
             plugin = entry.load()
-        except (Exception, SystemExit) as error:  # importing a stranger's module may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (so may importing one)
             info.failure = describe(error)
             self.plugins[info.name] = info
             return
@@ -304,7 +305,7 @@ def describe(error: BaseException) -> str:
 
 
 def _entries() -> list[EntryPoint]:
-    """Entry points sorted by name, the core's first; two distributions with one name are refused."""
+    """Entry points by name, the core's first; two distributions with one name are refused."""
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name != "defaults", e.name)):
         other = found.get(entry.name)

@@ -302,7 +302,7 @@ def _commands(engine: str, suffix: str) -> list[list[str]]:
 
 
 def _run(command: list[str], text: bytes, seconds: float) -> bytes:
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603  (our own interpreter, or dot, with no shell)
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -27,8 +27,8 @@ def circuit_of(
 
     Args:
         wiring: The model's residual graph.
-        scores: ``[n_sources, n_receivers]`` in the order of ``wiring``; entries that are no edge are
-            ignored.
+        scores: ``[n_sources, n_receivers]`` in the order of ``wiring``; entries that are no
+            edge are ignored.
         top: How many edges to keep, by absolute score, ties by name; fewer when the others are zero
             to rounding (below a millionth of the strongest). ``all`` keeps every edge, zeros too.
         threshold: Keep edges of at least this absolute score; with ``top`` both hold.

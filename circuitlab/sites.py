@@ -43,8 +43,8 @@ class Site:
     * ``embed``: output of the token embedding, before positions; no layer.
     * ``resid_pre``: residual stream as block ``layer`` reads it; ``resid_pre`` 0 is token plus
       position embedding, ``resid_pre`` 1 comes after block 0.
-    * ``q``, ``k``, ``v``: the head's projections, before any rotation; ``z``: pattern-weighted values,
-      before the output projection; ``pattern``: attention probabilities.
+    * ``q``, ``k``, ``v``: the head's projections, before any rotation; ``z``: pattern-weighted
+      values, before the output projection; ``pattern``: attention probabilities.
     * ``attn_out``: what the attention writes, bias included; ``resid_mid``: the stream after it.
     * ``mlp_in``: the stream as the MLP alone reads it. Writing or differentiating here leaves the
       stream that continues beside the MLP untouched.
@@ -74,10 +74,13 @@ class Site:
             raise SiteError(f"site {self.kind!r} {fact}; write {self.example}")
         if self.head is not None and self.kind not in HEAD_KINDS:
             raise SiteError(
-                f"site {self.kind!r} has no heads; per-head kinds are {', '.join(sorted(HEAD_KINDS))}"
+                f"site {self.kind!r} has no heads; per-head kinds are "
+                f"{', '.join(sorted(HEAD_KINDS))}"
             )
         if self.position is not None and self.kind == "pattern":
-            raise SiteError("site 'pattern' has query and key positions; read it whole and index it")
+            raise SiteError(
+                "site 'pattern' has query and key positions; read it whole and index it"
+            )
 
     @property
     def example(self) -> str:
@@ -98,7 +101,12 @@ class Site:
     def order(self) -> tuple[int, int, int, int]:
         """Sort key of execution order."""
         rank = {"embed": -1, "logits": 1 << 30}.get(self.kind, self.layer or 0)
-        return rank, KINDS.index(self.kind), -1 if self.head is None else self.head, self.position or 0
+        return (
+            rank,
+            KINDS.index(self.kind),
+            -1 if self.head is None else self.head,
+            self.position or 0,
+        )
 
     def __lt__(self, other: Site) -> bool:
         return self.order < other.order

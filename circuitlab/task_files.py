@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from circuitlab.errors import ResourceError, TaskError
-from circuitlab.tasks import PromptPair, Task, kind_of, slug, visible
+from circuitlab.labels import excerpt
+from circuitlab.tasks import PromptPair, Task, kind_of, slug
 
 #: Largest task file read; a million short prompts fit.
 MAX_BYTES = 64 * 2**20
@@ -176,7 +177,7 @@ def _read_toml(path: Path, text: str) -> _Document:
     except ValueError as error:
         place = _TOML_PLACE.search(str(error))
         where = f":{place[1]}:{place[2]}" if place else ""
-        fact = visible(_TOML_PLACE.sub("", str(error)).strip())
+        fact = excerpt(_TOML_PLACE.sub("", str(error)).strip())
         raise TaskError(f"{_shown(path)}{where}: not TOML: {fact}; mend the file there") from None
     rows = _rows_of(path, top)
     starts = [text.count("\n", 0, match.start()) + 1 for match in _TOML_ROW.finditer(text)]
@@ -247,7 +248,7 @@ def _csv_ids(where: str, cell: str) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     if not all(type(item) is int for item in ids):
         raise TaskError(
-            f"{where} is {visible(cell, 40)!r}; it must be a token id or a JSON list of token ids"
+            f"{where} is {excerpt(cell, 40)!r}; it must be a token id or a JSON list of token ids"
         )
     return ids
 
@@ -258,14 +259,14 @@ def _parse_json(path: Path, text: str, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         raise TaskError(
             f"{_shown(path)}:{error.lineno + first_line - 1}:{error.colno}: not JSON: "
-            f"{visible(error.msg)}; mend the file there"
+            f"{excerpt(error.msg)}; mend the file there"
         ) from None
     except RecursionError:
         raise TaskError(
             f"{_shown(path)}:{first_line}: nested too deeply; a task needs four levels"
         ) from None
     except ValueError as error:
-        raise TaskError(f"{_shown(path)}:{first_line}: {visible(str(error))}") from None
+        raise TaskError(f"{_shown(path)}:{first_line}: {excerpt(str(error))}") from None
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,7 +313,7 @@ def _check_keys(where: str, table: dict[str, Any], known: Collection[str]) -> No
             hint = f"did you mean {near[0]!r}? " if near else ""
             prefix = f"{where}: " if where else ""
             raise TaskError(
-                f"{prefix}key '{visible(key, 60)}' is unknown; {hint}keys are {', '.join(known)}"
+                f"{prefix}key '{excerpt(key, 60)}' is unknown; {hint}keys are {', '.join(known)}"
             )
 
 
@@ -340,4 +341,4 @@ def _skip(text: str, at: int) -> int:
 
 
 def _shown(path: Path) -> str:
-    return visible(str(path), 500)
+    return excerpt(str(path), 500)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from circuitlab.errors import OptionError, TaskError
+from circuitlab.labels import excerpt, invisible
 
 #: A prompt is text, or token ids for a model without a tokenizer.
 Prompt = str | tuple[int, ...]
@@ -22,7 +22,6 @@ ID_LIMIT = 2**31
 #: Longest task name, so that a file named after it can be made on every system.
 NAME_LIMIT = 100
 
-_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _SEPARATORS = "/\\:"
 
 
@@ -165,7 +164,7 @@ class Task:
 
 def slug(text: str) -> str:
     """A usable task name made from any text: what a name may not hold becomes ``-``."""
-    kept = "".join("-" if c in _SEPARATORS or _is_unprintable(c) else c for c in text)
+    kept = "".join("-" if c in _SEPARATORS or invisible(c) else c for c in text)
     while ".." in kept:
         kept = kept.replace("..", ".")
     return kept[:NAME_LIMIT].strip(" .") or "task"
@@ -179,12 +178,6 @@ def kind_of(value: object) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     return names.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def visible(text: str, limit: int = 200) -> str:
-    """The text with invisible characters escaped and anything past ``limit`` characters cut."""
-    clipped = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "".join(ascii(c)[1:-1] if _is_unprintable(c) else c for c in clipped)
 
 
 def _checked_prompt(key: str, value: object) -> Prompt:
@@ -219,14 +212,14 @@ def _check_text(key: str, text: str) -> None:
         raise TaskError(f"{key} holds empty text; write at least one token")
     if _has_surrogate(text):
         raise TaskError(
-            f"{key} {visible(text, 40)!r} holds half a surrogate pair, which no tokenizer reads; "
+            f"{key} {excerpt(text, 40)!r} holds half a surrogate pair, which no tokenizer reads; "
             f"write the whole character"
         )
 
 
 def _checked_id(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        shown = f" ({visible(value, 40)!r})" if isinstance(value, str) else ""
+        shown = f" ({excerpt(value, 40)!r})" if isinstance(value, str) else ""
         raise TaskError(
             f"{key} holds {kind_of(value)}{shown} where a token id was expected; "
             f"write whole numbers, or the whole prompt as text"
@@ -242,7 +235,7 @@ def _checked_id(key: str, value: object) -> int:
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise TaskError(f"task name is {kind_of(name)}; it must be text")
-    shown = visible(name, 60)
+    shown = excerpt(name, 60)
     if not name.strip(" ."):
         raise TaskError(f"task name '{shown}' is empty; name the task")
     if ".." in name or any(c in _SEPARATORS for c in name):
@@ -252,15 +245,9 @@ def _check_name(name: object) -> None:
     if name != name.strip(" ."):
         raise TaskError(f"task name '{shown}' begins or ends with a space or dot; leave it out")
     if len(name) > NAME_LIMIT:
-        raise TaskError(
-            f"task name '{shown}' has {len(name)} characters; use at most {NAME_LIMIT}"
-        )
-    if any(_is_unprintable(c) for c in name):
+        raise TaskError(f"task name '{shown}' has {len(name)} characters; use at most {NAME_LIMIT}")
+    if any(invisible(c) for c in name):
         raise TaskError(f"task name '{shown}' holds an invisible character; leave it out")
-
-
-def _is_unprintable(character: str) -> bool:
-    return unicodedata.category(character) in _UNPRINTABLE
 
 
 def _has_surrogate(text: str) -> bool:

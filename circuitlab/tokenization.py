@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from circuitlab.errors import TaskError
-from circuitlab.tasks import Answer, Prompt, visible
+from circuitlab.labels import excerpt
+from circuitlab.tasks import Answer, Prompt
 
 #: How tokenizers write a space and a line end inside a token.
 _MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
@@ -16,13 +17,22 @@ class Tokenizer(Protocol):
     """As much of a Hugging Face tokenizer as encoding needs."""
 
     @property
-    def bos_token_id(self) -> int | None: ...
+    def bos_token_id(self) -> int | None:
+        """What begins every prompt."""
+
     @property
-    def eos_token_id(self) -> int | None: ...
+    def eos_token_id(self) -> int | None:
+        """What ends a text."""
+
     @property
-    def unk_token_id(self) -> int | None: ...
-    def __call__(self, text: str) -> Mapping[str, Any]: ...
-    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
+    def unk_token_id(self) -> int | None:
+        """What stands for a word that is not in the vocabulary."""
+
+    def __call__(self, text: str) -> Mapping[str, Any]:
+        """``input_ids`` of a text."""
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> Any:
+        """The tokens behind ids."""
 
 
 class Encoder:
@@ -50,7 +60,7 @@ class Encoder:
 
     def shown(self, ids: Sequence[int]) -> str:
         """The tokens in one line of a message."""
-        return visible("[" + "|".join(self.tokens(ids)) + "]", 160)
+        return excerpt("[" + "|".join(self.tokens(ids)) + "]", 160)
 
     def prompt(self, prompt: Prompt, where: str) -> list[int]:
         """Ids of a prompt, checked against the model."""
@@ -177,7 +187,7 @@ class Encoder:
 
 def quoted(text: str) -> str:
     """The text in double quotes, so that a space at either end shows."""
-    return f'"{visible(text, 60)}"'
+    return f'"{excerpt(text, 60)}"'
 
 
 def _if_in(token: int | None, ids: list[int]) -> int | None:

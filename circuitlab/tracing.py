@@ -85,7 +85,11 @@ def _interpret(model: Any, plan: Plan) -> dict[str, Any]:
                 value = changed = value.clone()
             value[step[4]] = step[5].to(value.device, value.dtype)
         if changed is not None:
-            new = whole[:item] + (changed,) + whole[item + 1 :] if isinstance(whole, tuple) else changed
+            new = (
+                (*whole[:item], changed, *whole[item + 1 :])
+                if isinstance(whole, tuple)
+                else changed
+            )
             if side == "output":
                 envoy.output = new
             else:

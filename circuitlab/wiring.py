@@ -39,7 +39,7 @@ class Component(NamedTuple):
 
 
 class ReceiverBlock(NamedTuple):
-    """Receivers that read the same sources: those of one attention layer, one MLP, or the logits."""
+    """Receivers that read the same sources: one layer's attention, one MLP, or the logits."""
 
     kind: str
     layer: int
@@ -70,11 +70,13 @@ class Wiring:
 
     @cached_property
     def receivers(self) -> tuple[Receiver, ...]:
-        """All (component, port) that read the residual stream: per layer q, k, v heads, then MLP."""
+        """All (component, port) that read the stream: per layer q, k, v heads, then the MLP."""
         receivers = []
         for layer in range(self.n_layers):
             receivers += [
-                Receiver(f"a{layer}.h{head}", port) for port in PORTS for head in range(self.n_heads)
+                Receiver(f"a{layer}.h{head}", port)
+                for port in PORTS
+                for head in range(self.n_heads)
             ]
             receivers.append(Receiver(f"m{layer}", ""))
         return (*receivers, Receiver("logits", ""))

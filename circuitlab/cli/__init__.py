@@ -19,7 +19,6 @@ import click
 from circuitlab.cli import screen
 from circuitlab.errors import CircuitLabError
 
-
 #: A shell sets it to ask for completions.
 _COMPLETE = "_CIRCUITLAB_COMPLETE"
 
@@ -95,8 +94,8 @@ def _failed(error: Exception, *, debug: bool) -> int:
         screen.error("out of memory: use a smaller --batch-size, or a machine with more memory")
         return 5
     screen.error(
-        f"a fault of CircuitLab itself: {type(error).__name__}: {error}; please report it, with what "
-        f"--debug-traceback shows"
+        f"a fault of CircuitLab itself: {type(error).__name__}: {error}; please report it, with "
+        f"what --debug-traceback shows"
     )
     return 1
 

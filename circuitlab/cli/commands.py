@@ -89,7 +89,9 @@ def list_plugins() -> None:
     for info in registry.plugins.values():
         offers = ", ".join(offer.partition(":")[2] for offer in info.offers)
         hooks = "FAILED" if info.failure else ", ".join(info.hooks)
-        rows.append((info.name, f"{info.distribution} {info.version}", hooks, info.failure or offers))
+        rows.append(
+            (info.name, f"{info.distribution} {info.version}", hooks, info.failure or offers)
+        )
     screen.table(("plugin", "distribution", "hooks", "offers"), rows)
 
 
@@ -211,7 +213,13 @@ def validate_task(path: Path, model: str | None) -> None:
 
 
 #: Packages whose versions matter, and the newest that was tested.
-TESTED = {"torch": "2.13", "transformers": "5.23", "nnsight": "0.8", "networkx": "3.6", "pluggy": "1.7"}
+TESTED = {
+    "torch": "2.13",
+    "transformers": "5.23",
+    "nnsight": "0.8",
+    "networkx": "3.6",
+    "pluggy": "1.7",
+}
 
 
 @circuitlab.command()
@@ -230,7 +238,9 @@ def doctor(model: str | None) -> None:
         tested = TESTED.get(package)
         if tested and not found.startswith(tested + ".") and found != tested:
             values[package] += f" (tested with {tested})"
-    values["graphviz"] = graphviz_version() or "NOT FOUND: pictures use the built-in layout, SVG only"
+    values["graphviz"] = (
+        graphviz_version() or "NOT FOUND: pictures use the built-in layout, SVG only"
+    )
     torch = importlib.import_module("torch")
     values["devices"] = "cpu" + (f", cuda x{n}" if (n := torch.cuda.device_count()) else "")
     with screen.quiet_stdout():

@@ -132,8 +132,9 @@ def _summary(circuit: CircuitGraph) -> dict[str, str]:
     interval = base["interval"]
     bounds = interval if isinstance(interval, str) else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
     rows["task"] = (
-        f"{base['n_pairs']} pairs, metric {base['clean']:.3g} clean, {base['corrupt']:.3g} corrupt; "
-        f"effect {base['effect']:.3g}, 95 % interval {bounds}; accuracy {base['accuracy']:.0%}"
+        f"{base['n_pairs']} pairs, metric {base['clean']:.3g} clean, {base['corrupt']:.3g} "
+        f"corrupt; effect {base['effect']:.3g}, 95 % interval {bounds}; "
+        f"accuracy {base['accuracy']:.0%}"
     )
     rows["method"] = ", ".join(filter(None, (facts.get("method"), facts.get("ablation"))))
     total = facts.get("n_edges_total")
@@ -146,7 +147,9 @@ def _summary(circuit: CircuitGraph) -> dict[str, str]:
 
 def _completeness(whole: dict[str, Any]) -> str:
     if whole["share"] is None:
-        return f"{whole['gap']:+.3g}; its share is undefined, there is no reliable effect to explain"
+        return (
+            f"{whole['gap']:+.3g}; its share is undefined, there is no reliable effect to explain"
+        )
     near = whole["at_clean"] / whole["effect"]
     return (
         f"{whole['gap']:+.3g} of an effect of {whole['effect']:+.3g} (scores explain "
@@ -189,7 +192,11 @@ def _edge_lines(circuit: CircuitGraph) -> dict[str, str]:
 
 
 def _next(paths: Sequence[Path]) -> str:
-    files = [path for path in paths if path.name.endswith(".json") and not path.name.endswith(".mib.json")]
+    files = [
+        path
+        for path in paths
+        if path.name.endswith(".json") and not path.name.endswith(".mib.json")
+    ]
     if files:
         return f"circuitlab render {files[0]} --output {files[0].with_suffix('.pdf')}"
     if paths:

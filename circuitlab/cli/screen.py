@@ -86,7 +86,9 @@ def pairs(title: str, values: Mapping[str, str]) -> None:
     from rich.text import Text
 
     heading = Text(visible(title))
-    grid = Table(title=heading, title_justify="left", title_style="bold", show_header=False, box=None)
+    grid = Table(
+        title=heading, title_justify="left", title_style="bold", show_header=False, box=None
+    )
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for key, value in values.items():
@@ -147,9 +149,20 @@ class _Lines:
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console(stderr=True), transient=True) as bars:
         stages: dict[str, Any] = {}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import difflib
+import importlib
 import os
 import sys
 import tomllib
@@ -223,7 +223,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             raise TaskError(f"config {str(path)!r}: no flag is called {key!r}; {hint}")
         # click would take a text given where several values may stand for a list of letters.
         several = flag.multiple and not isinstance(value, list)
-        ctx.default_map = {**(ctx.default_map or {}), flag.name or key: [value] if several else value}
+        ctx.default_map = {
+            **(ctx.default_map or {}),
+            flag.name or key: [value] if several else value,
+        }
 
 
 def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> None:
@@ -258,8 +261,8 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
         found = result.metrics(circuit).get(name)
         if found is None or found < least:
             raise QualityError(
-                f"{name} is {'undefined' if found is None else f'{found:.4g}'}, below the {least:g} "
-                f"that --fail-under asks for"
+                f"{name} is {'undefined' if found is None else f'{found:.4g}'}, below the "
+                f"{least:g} that --fail-under asks for"
             )
 
 
@@ -316,7 +319,9 @@ def _task(registry: Registry, values: dict[str, Any]) -> Task | None:
     pair = [values["clean"], values["corrupt"], values["answer"], values["wrong"]]
     ways = [values["task"], values["task_file"], any(pair)]
     if sum(map(bool, ways)) > 1:
-        raise click.UsageError("give one of --task, --task-file, or --clean with --corrupt and --answer")
+        raise click.UsageError(
+            "give one of --task, --task-file, or --clean with --corrupt and --answer"
+        )
     if any(pair):
         from circuitlab.tasks import Task
 

@@ -56,7 +56,9 @@ def edge_attribution(
         batch_size=size,
     )
     circuit = circuitlab.circuit_of(model.wiring, scored.scores, top=top, threshold=threshold)
-    circuit.graph["method"] = method if method == "eap" else f"{method}, {ig_steps} steps, {ig_rule}"
+    circuit.graph["method"] = (
+        method if method == "eap" else f"{method}, {ig_steps} steps, {ig_rule}"
+    )
     circuit.graph["ablation"] = ablation
     judge(circuit, model, pairs, scored.completeness, ablation, verify=verify, batch_size=size)
     return circuit

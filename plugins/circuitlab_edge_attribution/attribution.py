@@ -41,8 +41,9 @@ class Completeness:
             carries the whole effect, so each sum would equal ``effect`` if scores were exact and
             edges did not interact.
         at_clean: The same sum across the input's cut at the point nearest the clean prompt: the
-            clean prompt itself for EAP, the last step of the path for EAP-IG. Far from ``explained``
-            where the metric is flat around the clean prompt, so that one edge alone may do nothing.
+            clean prompt itself for EAP, the last step of the path for EAP-IG. Far from
+            ``explained`` where the metric is flat around the clean prompt, so that one edge alone
+            may do nothing.
     """
 
     effect: float

@@ -1,4 +1,4 @@
-"""Whether gradient scores may be presented as a circuit: the completeness gap and an exact check."""
+"""Whether gradient scores may be presented as a circuit: completeness gap and exact check."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def judge(
     elif share < LEAST_EXPLAINED:
         reasons.append(f"the scores explain {round(share, 2) + 0.0:.0%} of the effect")
     if confirmed is not None and confirmed < LEAST_CONFIRMED:
-        reasons.append(
-            f"patching confirms only {confirmed:.0%} of the strongest scores"
-        )
+        reasons.append(f"patching confirms only {confirmed:.0%} of the strongest scores")
     circuit.graph["verdict"] = "established" if confirmed is not None else "not checked"
     if reasons:
         circuit.graph["verdict"] = "not established"

@@ -321,14 +321,14 @@ def test_answer_of_several_tokens_and_its_remedy() -> None:
         'write " John", which is one token'
     )
     assert encode(byte_pair(" John"), tokenizer=BYTE).warnings == ()
-    assert "wrong answer \"John\" is" in refusal(byte_pair(" Mary", "John"), tokenizer=BYTE)
+    assert 'wrong answer "John" is' in refusal(byte_pair(" Mary", "John"), tokenizer=BYTE)
     assert "choose an answer that is one token" in refusal(byte_pair(" xyzzy"), tokenizer=BYTE)
 
 
 def test_answer_outside_the_vocabulary() -> None:
     """Row 13: an answer the tokenizer does not know is refused with its tokens."""
     message = refusal(PromptPair(CLEAN, CORRUPT, ("Bob",), ("John",)))
-    assert "pair 1: answer \"Bob\" is not in the vocabulary: its tokens are [[UNK]];" in message
+    assert 'pair 1: answer "Bob" is not in the vocabulary: its tokens are [[UNK]];' in message
 
 
 def test_answer_without_its_space_is_warned_of() -> None:

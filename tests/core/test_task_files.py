@@ -118,8 +118,10 @@ def test_arbitrary_bytes_never_escape(suffix: str, content: bytes) -> None:
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from([*ROW, "prompts", "name", "x"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*ROW, "prompts", "name", "x"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -195,9 +197,7 @@ def rows_after_one(bad: dict[str, Any]) -> dict[str, tuple[str, int]]:
     head = {"name": "t", "word_idxs": {"prompts": [1, "{\n"]}}
     spread = json.dumps({**head, "prompts": [ROW, bad]}, indent=1)
     compact = json.dumps({**head, "prompts": [ROW, bad]})
-    line = next(
-        i for i, text in reversed(list(enumerate(spread.split("\n"), 1))) if text == "  {"
-    )
+    line = next(i for i, text in reversed(list(enumerate(spread.split("\n"), 1))) if text == "  {")
     toml = "".join(
         "\n[[prompts]]\n" + "".join(f"{key} = {json.dumps(row[key])}\n" for key in row)
         for row in (ROW, bad)
@@ -297,7 +297,7 @@ def test_paths_that_are_no_task_file(tmp_path: Path) -> None:
     assert refusal(tmp_path / "dir.json").startswith("dir.json is a folder; name a task file")
     assert refusal(put(tmp_path, "t.yaml", "")).startswith("t.yaml: suffix '.yaml' is no task")
     assert "cannot be read" in refusal(tmp_path / ("x" * 5000 + ".json"))
-    assert "\\x1b" in refusal(tmp_path / "\x1b[31m.json")
+    assert "\\u{1b}" in refusal(tmp_path / "\x1b[31m.json")
     os.mkfifo(tmp_path / "pipe.json")
     assert refusal(tmp_path / "pipe.json").startswith("pipe.json is not a regular file")
 
