@@ -248,7 +248,7 @@ def _csv_ids(where: str, cell: str) -> list[int]:
     ids = value if isinstance(value, list) else [value]
     if not all(type(item) is int for item in ids):
         raise TaskError(
-            f"{where} is {excerpt(cell, 40)!r}; it must be a token id or a JSON list of token ids"
+            f"{where} is '{excerpt(cell, 40)}'; it must be a token id or a JSON list of token ids"
         )
     return ids
 

@@ -212,14 +212,14 @@ def _check_text(key: str, text: str) -> None:
         raise TaskError(f"{key} holds empty text; write at least one token")
     if _has_surrogate(text):
         raise TaskError(
-            f"{key} {excerpt(text, 40)!r} holds half a surrogate pair, which no tokenizer reads; "
+            f"{key} '{excerpt(text, 40)}' holds half a surrogate pair, which no tokenizer reads; "
             f"write the whole character"
         )
 
 
 def _checked_id(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        shown = f" ({excerpt(value, 40)!r})" if isinstance(value, str) else ""
+        shown = f" ('{excerpt(value, 40)}')" if isinstance(value, str) else ""
         raise TaskError(
             f"{key} holds {kind_of(value)}{shown} where a token id was expected; "
             f"write whole numbers, or the whole prompt as text"

@@ -225,7 +225,7 @@ def test_unknown_words_are_named() -> None:
     assert message.startswith("task 't', pair 2: clean holds words the tokenizer does not know: ")
     assert '"Bob", "Sue"' in message
     assert "[[BOS]|[UNK]|gave|[UNK]|it]" in message
-    assert "\\x1b" in refusal(PromptPair("Mary \x1b[31m\u202e", "Mary gave", ("it",), ("to",)))
+    assert "\\u{1b}" in refusal(PromptPair("Mary \x1b[31m\u202e", "Mary gave", ("it",), ("to",)))
     literal = PromptPair("[UNK] gave it", "John gave it", ("Mary",), ("John",))
     assert encode(literal).clean.ids[0, 1] == VOCAB["[UNK]"]
     end = PromptPair(f"{END}James met", f"{END}John met", (" Mary",), (" Jill",))

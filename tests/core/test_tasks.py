@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from circuitlab.errors import OptionError, TaskError
-from circuitlab.tasks import ID_LIMIT, NAME_LIMIT, PromptPair, Task, slug, visible
+from circuitlab.labels import excerpt
+from circuitlab.tasks import ID_LIMIT, NAME_LIMIT, PromptPair, Task, slug
 
 PAIR = PromptPair("John gave it to", "Mary gave it to", (" Mary",), (" John",))
 
@@ -81,7 +82,7 @@ def test_empty_task_is_refused() -> None:
         (("a", "b", (-1,)), "answers holds the negative token id -1"),
         (("a", "b", (" c", 3)), "answers mixes text and token ids"),
         (("a", "b", ("c",), (1.5,)), "wrong_answers holds a number"),
-        (("a\ud800", "b", ("c",)), "clean 'a\\\\ud800' holds half a surrogate pair"),
+        (("a\ud800", "b", ("c",)), "clean 'a\\u{d800}' holds half a surrogate pair"),
     ],
 )
 def test_pair_refuses_what_is_no_prompt(values: tuple[Any, ...], message: str) -> None:
@@ -155,8 +156,8 @@ def test_task_texts_must_be_text(key: str, value: object) -> None:
         Task("ioi", (PAIR,), **bad)
 
 
-def test_visible_escapes_and_clips() -> None:
+def test_excerpt_escapes_and_clips() -> None:
     """Shown text has no control characters and no more than the asked length before escaping."""
-    assert visible("a\x1b[0m\n") == "a\\x1b[0m\\n"
-    assert visible("é任") == "é任"
-    assert visible("x" * 10, 5) == "xxxx…"
+    assert excerpt("a\x1b[0m\n") == "a\\u{1b}[0m\\u{a}"
+    assert excerpt("é任") == "é任"
+    assert excerpt("x" * 10, 5) == "xxxx…"
