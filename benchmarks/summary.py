@@ -22,17 +22,9 @@ class Sample:
     foreign_cores: float | None
 
 
-def strict_floor(samples: dict[str, Sample]) -> float:
-    """Seconds of the least any gradient method does: two forward passes, one of them back again."""
-    return samples["forward"].seconds + samples["backward"].seconds
-
-
 def floor(samples: dict[str, Sample]) -> float:
-    """Seconds of two plain forward passes, and of a forward and backward pass to the embeddings."""
-    return 2 * samples["forward"].seconds + samples["backward"].seconds
-
-
-FLOORS = {"floor": floor, "strict floor": strict_floor}
+    """Seconds of two plain forward passes, one of them back again: the least EAP could cost."""
+    return samples["forward"].seconds + samples["backward"].seconds
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -41,15 +33,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summarize(rounds: list[dict[str, Sample]], memory: dict[str, float]) -> dict[str, Any]:
-    """Per work: seconds, ratios to the floors of the same round, peak memory and its ratio."""
-    summary: dict[str, Any] = {
-        name: {"seconds": spread([seconds(samples) for samples in rounds])}
-        for name, seconds in FLOORS.items()
-    }
+    """Per work: seconds, ratios to the floor of the same round, peak memory and its ratio."""
+    summary: dict[str, Any] = {"floor": {"seconds": spread([floor(r) for r in rounds])}}
     for name in rounds[0]:
         row: dict[str, Any] = {"seconds": spread([r[name].seconds for r in rounds])}
-        for base, seconds in FLOORS.items():
-            row[f"x {base}"] = spread([r[name].seconds / seconds(r) for r in rounds])
+        row["x floor"] = spread([r[name].seconds / floor(r) for r in rounds])
         foreign = [f for r in rounds if (f := r[name].foreign_cores) is not None]
         row["foreign_cores"] = max(foreign) if foreign else None
         summary[name] = row
@@ -64,9 +52,8 @@ def add_peers(summary: dict[str, Any], peers: dict[str, dict[str, Any]]) -> None
     for name, measured in peers.items():
         seconds = spread([float(s) for s in measured["seconds"]])
         row: dict[str, Any] = {"seconds": seconds}
-        for base in FLOORS:
-            least = summary[base]["seconds"]["median"]
-            row[f"x {base}"] = {key: value / least for key, value in seconds.items()}
+        least = summary["floor"]["seconds"]["median"]
+        row["x floor"] = {key: value / least for key, value in seconds.items()}
         if peak := measured.get("peak_mib"):
             row["peak_mib"] = peak
             if backward := summary["backward"].get("peak_mib"):
@@ -76,7 +63,7 @@ def add_peers(summary: dict[str, Any], peers: dict[str, dict[str, Any]]) -> None
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    heads = ["work", "median s", "min - max s", "x floor (min - max)", "x strict floor"]
+    heads = ["work", "median s", "min - max s", "x floor (min - max)"]
     heads += ["peak MiB", "x backward's peak", "foreign cores"]
     rows = [heads, ["---"] * len(heads)]
     for name, row in summary.items():
@@ -87,11 +74,10 @@ def table(summary: dict[str, Any]) -> str:
         if ratio := row.get("x floor"):
             text = f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})"
             cells["x floor (min - max)"] = text
-            cells["x strict floor"] = f"{row['x strict floor']['median']:.2f}"
         if "peak_mib" in row:
             cells["peak MiB"] = f"{row['peak_mib']:.0f}"
         if "x backward's peak" in row:
-            cells["x backward's peak"] = f"{row[heads[6]]:.2f}"
+            cells["x backward's peak"] = f"{row[heads[5]]:.2f}"
         if row.get("foreign_cores") is not None:
             cells["foreign cores"] = f"{row['foreign_cores']:.1f}"
         rows.append(list(cells.values()))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from circuitlab.progress import track
     from circuitlab.prompts import EncodedTask, Tokens
     from circuitlab.run import Run
-    from circuitlab.selection import circuit_of
+    from circuitlab.selection import check_cut, circuit_of
     from circuitlab.sites import Site
     from circuitlab.task_files import read_task, write_task
     from circuitlab.tasks import PromptPair, Task
@@ -72,6 +72,7 @@ _HOME = {
     "TracedModel": "model",
     "Wiring": "wiring",
     "build_circuit": "builder",
+    "check_cut": "selection",
     "circuit_of": "selection",
     "hookimpl": "hookspecs",
     "load_model": "loading",
@@ -110,6 +111,7 @@ __all__ = [
     "TracedModel",
     "Wiring",
     "build_circuit",
+    "check_cut",
     "choose_batch_size",
     "circuit_of",
     "edge_effects",

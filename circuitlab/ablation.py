@@ -54,8 +54,12 @@ class Ablator:
         self.ablation = ablation
         self._mean = _mean_outputs(model, pairs, batch_size) if ablation == "mean" else None
 
-    def outputs(self, batch: EncodedTask) -> tuple[Tensor, Run | None]:
-        """Each source's ablated output, and the run it comes from.
+    def difference(self, batch: EncodedTask, clean: Run) -> tuple[Tensor, Run | None]:
+        """Each source's ablated output less its clean one, and the run the former comes from.
+
+        Args:
+            batch: The pairs.
+            clean: Their clean run, which read ``model.source_sites``.
 
         Returns:
             ``[n_sources, batch, pos, d_model]``, 0 where padded; the corrupt run, or None where the
@@ -64,22 +68,21 @@ class Ablator:
         model = self.model
         if self.ablation == "counterfactual":
             corrupt = model.run(batch.corrupt, read=model.source_sites)
-            return model.source_outputs(corrupt), corrupt
-        shape = (len(model.wiring.sources), *batch.clean.ids.shape, model.d_model)
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        outputs = torch.zeros(shape, dtype=dtype, device=model.device)
+            return model.source_outputs(corrupt, less=clean), corrupt
+        difference = model.source_outputs(clean).neg_()
         if self._mean is not None:
-            outputs += self._mean.to(dtype)[:, None, None]
-            outputs *= batch.clean.mask[None, :, :, None]
-        return outputs, None
+            mask = clean.mask[None, :, :, None]
+            difference += self._mean.to(difference.dtype)[:, None, None] * mask
+        return difference, None
 
-    def logits(self, batch: EncodedTask, outputs: Tensor, run: Run | None) -> Tensor:
+    def logits(self, batch: EncodedTask, embedding: Tensor, run: Run | None) -> Tensor:
         """Last logits ``[batch, vocab]`` when only ``input`` is ablated and all else recomputed.
 
-        With counterfactual ablation that is the corrupt run.
+        With counterfactual ablation that is the corrupt run; else one that begins with the ablated
+        ``embedding``, ``[batch, pos, d_model]``.
         """
         if run is None:
-            run = self.model.run(batch.clean, write={Site("resid_pre", 0): outputs[0]})
+            run = self.model.run(batch.clean, write={Site("resid_pre", 0): embedding})
         return run.logits[:, -1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from circuitlab.architectures import Architecture
 from circuitlab.errors import NumericsError, SiteError
 from circuitlab.norms import Readers, pull_back
-from circuitlab.plans import Locator, Place, make_plan
+from circuitlab.plans import Locator, make_plan
 from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
 from circuitlab.run import Run
 from circuitlab.sites import Site
@@ -187,13 +187,11 @@ class TracedModel:
             for site, tensor in (write or {}).items()
         }
         plan = make_plan(self._locator, kept, written, [*start, *taps])
-        output, values, tapped = self._tracer.execute(tokens, plan, keep_all=logits == "all")
-        if not torch.isfinite(output).all():
-            raise self._nonfinite(tokens, output, written)
-        gradients: dict[Place, Tensor] = {}
-        if gradient_of is not None:
-            gradients = self._differentiate(gradient_of, output, tapped)
-        return Run(tokens, output.detach(), values, gradients, self._locator)
+        done = self._tracer.execute(tokens, plan, keep_all=logits == "all")
+        if not torch.isfinite(done.logits).all():
+            raise self._nonfinite(tokens, done.logits, written)
+        gradients = {} if gradient_of is None else done.gradients(gradient_of)
+        return Run(tokens, done.logits.detach(), done.read, gradients, self._locator)
 
     @cached_property
     def source_sites(self) -> tuple[Site, ...]:
@@ -209,27 +207,35 @@ class TracedModel:
         sites = [Site(kind, layer) for layer in range(self.n_layers) for kind in kinds]
         return (*sites, Site("resid_post", self.n_layers - 1))
 
-    def source_outputs(self, run: Run) -> Tensor:
+    def source_outputs(self, run: Run, *, less: Run | None = None) -> Tensor:
         """What each source writes to the residual stream, ``[n_sources, batch, pos, d_model]``.
 
         Sources are ``wiring.sources``. A head's output is ``z @ W_O`` without the output bias, an
-        MLP's has its bias. At least float32; 0 where a prompt is padded.
+        MLP's has its bias. At least float32; 0 where a prompt of ``run`` is padded.
+
+        Args:
+            run: A run that read :attr:`source_sites`.
+            less: Another such run, whose outputs are subtracted.
 
         Raises:
-            SiteError: ``run`` did not read :attr:`source_sites`.
+            SiteError: a run did not read :attr:`source_sites`.
         """
+
+        def value(site: Site) -> Tensor:
+            return run[site] if less is None else run[site] - less[site]
+
         batch, pos = run.mask.shape
         dtype = torch.promote_types(self.dtype, torch.float32)
         outputs = torch.empty(
             len(self.wiring.sources), batch, pos, self.d_model, dtype=dtype, device=self.device
         )
-        outputs[0] = run[Site("resid_pre", 0)]
+        outputs[0] = value(Site("resid_pre", 0))
         for layer in range(self.n_layers):
             first = self.wiring.first_source(layer)
             heads = outputs[first : first + self.n_heads].view(self.n_heads, batch * pos, -1)
-            z = run[Site("z", layer)].to(dtype).flatten(0, 1).transpose(0, 1)
+            z = value(Site("z", layer)).to(dtype).flatten(0, 1).transpose(0, 1)
             torch.matmul(z, self.head_weights(layer, "o").to(dtype), out=heads)
-            outputs[first + self.n_heads] = run[Site("mlp_out", layer)]
+            outputs[first + self.n_heads] = value(Site("mlp_out", layer))
         if not run.mask.all():
             outputs.mul_(run.mask[None, :, :, None])
         return outputs
@@ -345,28 +351,13 @@ class TracedModel:
         for port in PORTS:
             value = self._block_module(layer, a.projection(port).path)(shift[None, None])
             at_shift.append(self._locator.view(Site(port, layer), value)[0, 0])
-        weights = [self.head_weights(layer, port) for port in PORTS]
-        return Readers(norm, torch.cat(weights).to(dtype), torch.cat(at_shift).to(dtype))
+        # Joined side by side as they are stored, not head by head: long rows copy faster.
+        weights = [self.head_weights(layer, port).transpose(0, 1) for port in PORTS]
+        weight = torch.cat(weights, 1).transpose(0, 1).to(dtype)
+        return Readers(norm, weight, torch.cat(at_shift).to(dtype))
 
     def _block_module(self, layer: int, path: str) -> nn.Module:
         return self._module.get_submodule(self.architecture.block(layer, path))
-
-    def _differentiate(
-        self, function: Callable[[Tensor], Tensor], logits: Tensor, tapped: Mapping[Place, Tensor]
-    ) -> dict[Place, Tensor]:
-        with torch.enable_grad():
-            total = function(logits[:, -1]).sum()
-        # A tap that the metric does not depend on has gradient zero.
-        found = torch.autograd.grad(total, list(tapped.values()), materialize_grads=True)
-        # Backward order: the first that is bad is where it went wrong.
-        for (path, side, _), gradient in reversed(list(zip(tapped, found, strict=True))):
-            bad = ~torch.isfinite(gradient.flatten(1)).all(1)
-            if bad.any():
-                raise NumericsError(
-                    f"the gradient at {path} ({side}), prompt {int(bad.nonzero()[0]) + 1} of the "
-                    f"batch, holds NaN or infinity; run in a wider type (--dtype float32)"
-                )
-        return dict(zip(tapped, found, strict=True))
 
     def _nonfinite(
         self, tokens: Tokens, logits: Tensor, write: Mapping[Site, Tensor]

@@ -102,14 +102,13 @@ class _State:
 
     def __init__(self, model: TracedModel, batch: EncodedTask, ablator: Ablator) -> None:
         self.model, self.batch = model, batch
-        outputs, _ = ablator.outputs(batch)
         streams = ["resid_pre"] if model.architecture.parallel else ["resid_pre", "resid_mid"]
         layers = range(model.n_layers)
         sites = [Site(kind, layer) for kind in streams for layer in layers]
         self.clean = model.run(
             batch.clean, read=[*model.source_sites, *sites, Site("resid_post", model.n_layers - 1)]
         )
-        self.difference = outputs.sub_(model.source_outputs(self.clean))
+        self.difference, _ = ablator.difference(batch, self.clean)
         self.reference = self.clean.logits[:, -1]
         self.base = batch.score(self.reference, self.reference)
         self.sources = {name: number for number, name in enumerate(model.wiring.sources)}

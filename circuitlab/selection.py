@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 1e-6
 
 
+def check_cut(top: int | Literal["all"], threshold: float | None) -> None:
+    """Refuse what :func:`circuit_of` would, before anything is scored.
+
+    Raises:
+        OptionError: ``top`` or ``threshold`` is negative.
+    """
+    if top != "all" and top < 0:
+        raise OptionError(f"--top {top}: give a number of edges to keep, or all")
+    if threshold is not None and not threshold >= 0:
+        raise OptionError(f"--threshold {threshold}: scores are compared by size; give 0 or more")
+
+
 def circuit_of(
     wiring: Wiring,
     scores: Tensor,
@@ -41,10 +53,7 @@ def circuit_of(
         OptionError: ``top`` or ``threshold`` is negative.
         NumericsError: a score is NaN or infinite; names the edge.
     """
-    if top != "all" and top < 0:
-        raise OptionError(f"--top {top}: give a number of edges to keep, or all")
-    if threshold is not None and not threshold >= 0:
-        raise OptionError(f"--threshold {threshold}: scores are compared by size; give 0 or more")
+    check_cut(top, threshold)
     edges = _ranked(wiring, scores)
     largest = abs(edges[0][0]) if edges else 0.0
     warnings = []

@@ -6,7 +6,7 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import nnsight
 import torch
 from torch import Tensor, nn
 
+from circuitlab.errors import NumericsError
 from circuitlab.plans import Place, Plan
 from circuitlab.prompts import Tokens
 
@@ -27,6 +28,26 @@ class Kept(NamedTuple):
     logits: Tensor
     read: dict[Place, Tensor]
     tapped: dict[Place, Tensor]
+
+    def gradients(self, function: Callable[[Tensor], Tensor]) -> dict[Place, Tensor]:
+        """Gradients at the taps of the sum of a function of the last logits ``[batch, vocab]``.
+
+        Raises:
+            NumericsError: one holds NaN or infinity; names the place and the prompt.
+        """
+        with torch.enable_grad():
+            total = function(self.logits[:, -1]).sum()
+        # A tap that the metric does not depend on has gradient zero.
+        found = torch.autograd.grad(total, list(self.tapped.values()), materialize_grads=True)
+        # Backward order: the first that is bad is where it went wrong.
+        for (path, side, _), gradient in reversed(list(zip(self.tapped, found, strict=True))):
+            bad = ~torch.isfinite(gradient.flatten(1)).all(1)
+            if bad.any():
+                raise NumericsError(
+                    f"the gradient at {path} ({side}), prompt {int(bad.nonzero()[0]) + 1} of the "
+                    f"batch, holds NaN or infinity; run in a wider type (--dtype float32)"
+                )
+        return dict(zip(self.tapped, found, strict=True))
 
 
 class Tracer:

@@ -58,14 +58,17 @@ def circuitlab(no_color: bool, debug_traceback: bool) -> None:
 def render(circuit: Path, output: tuple[Path, ...], top: int | None) -> None:
     """Draw or convert a circuit that was traced before."""
     from circuitlab.export import check_target, read_circuit, write_circuit
+    from circuitlab.registry import Registry
 
+    with screen.quiet_stdout():
+        exporters = Registry.load().exporters
     for path in output:
-        check_target(path)
+        check_target(path, exporters)
     graph = read_circuit(circuit)
     if top is not None:
         graph = graph.top(top)
     for path in output:
-        for warning in write_circuit(graph, path):
+        for warning in write_circuit(graph, path, exporters):
             screen.warn(warning)
         screen.out(visible(str(path)))
 

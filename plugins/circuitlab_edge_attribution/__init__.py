@@ -44,6 +44,9 @@ def edge_attribution(
     from circuitlab_edge_attribution.attribution import edge_scores
     from circuitlab_edge_attribution.verdict import judge
 
+    circuitlab.check_cut(top, threshold)
+    if verify < 0:
+        raise circuitlab.OptionError(f"--verify {verify}: give how many edges to check, 0 for none")
     pairs = model.encode(task)
     size = None if batch_size == "auto" else batch_size
     scored = edge_scores(

@@ -137,14 +137,13 @@ class _Scorer:
 
     def add(self, batch: EncodedTask) -> None:
         """Add a batch's scores, whole effect, and the sum of scores nearest the clean prompt."""
-        difference, corrupt = self.ablator.outputs(batch)
         clean = self._clean_run(batch)
+        difference, corrupt = self.ablator.difference(batch, clean)
         reference = clean.logits[:, -1]
         embedding = clean[self.start].to(difference.dtype)
-        ablated = self.ablator.logits(batch, difference, corrupt)
+        ablated = self.ablator.logits(batch, embedding + difference[0], corrupt)
         change = batch.score(ablated, reference) - batch.score(reference, reference)
         self.effect += float(change.double().sum())
-        difference -= self.model.source_outputs(clean)
         runs = [clean]
         if self.alphas is None:
             self.total += self._scores(runs, difference)

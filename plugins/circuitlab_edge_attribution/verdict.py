@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from circuitlab import Edge, OptionError, edge_effects
+from circuitlab import Edge, edge_effects
 
 if TYPE_CHECKING:
     from circuitlab import Ablation, CircuitGraph, EncodedTask, TracedModel
@@ -33,11 +33,7 @@ def judge(
     ``graph["verdict"]`` is ``established``, ``not established`` (with ``verdict_reason``), or
     ``not checked`` when nothing was patched. Checked edges get ``exact`` and ``confirmed``.
 
-    Raises:
-        OptionError: ``verify`` is negative.
     """
-    if verify < 0:
-        raise OptionError(f"--verify {verify}: give the number of edges to check, 0 for none")
     share = completeness.share
     circuit.graph["completeness"] = {
         "effect": completeness.effect,

@@ -12,6 +12,7 @@ from circuitlab import (
     Ablator,
     EncodedTask,
     PromptPair,
+    Site,
     Task,
     TaskError,
     TracedModel,
@@ -48,10 +49,10 @@ def pairs(model: TracedModel) -> EncodedTask:
 
 @pytest.mark.parametrize("kind", ["counterfactual", "zero", "mean"])
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_outputs_are_the_oracles(
+def test_differences_are_the_oracles(
     module: Any, model: TracedModel, pairs: EncodedTask, kind: Ablation, size: int
 ) -> None:
-    """Whatever the batch size, each source writes what the oracle says, and nothing at padding.
+    """Whatever the batch size, ablated less clean is the oracle's, and nothing at padding.
 
     The mean is over the whole task, so it cannot depend on the batch it is used in.
     """
@@ -59,16 +60,18 @@ def test_outputs_are_the_oracles(
         expected = oracles.ablated_outputs(
             module, pairs.clean.ids, pairs.corrupt.ids, kind, pairs.clean.mask.long()
         )
+        plain = oracles.run(module, pairs.clean.ids, pairs.clean.mask.long()).outputs
     ablator = Ablator(model, pairs, kind, size)
     for number, batch in enumerate(pairs.batches(size)):
-        outputs, run = ablator.outputs(batch)
+        clean = model.run(batch.clean, read=model.source_sites)
+        difference, run = ablator.difference(batch, clean)
         assert (run is not None) == (kind == "counterfactual")
         mask, rows = batch.clean.mask, slice(number * size, number * size + size)
         width = mask.shape[1]
-        assert not outputs[:, ~mask].any()
-        for name, output in zip(model.wiring.sources, outputs, strict=True):
-            other = expected[name][rows, -width:]
-            assert float((output - other)[mask].abs().max()) < TOLERANCE, name
+        assert not difference[:, ~mask].any()
+        for name, found in zip(model.wiring.sources, difference, strict=True):
+            other = (expected[name] - plain[name])[rows, -width:]
+            assert float((found - other)[mask].abs().max()) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("kind", ["counterfactual", "zero", "mean"])
@@ -81,8 +84,13 @@ def test_logits_with_the_input_ablated(
         source = oracles.ablated_outputs(module, pairs.clean.ids, pairs.corrupt.ids, kind, mask)
         expected = oracles.run(module, pairs.clean.ids, mask, embedding=source["input"]).logits
     ablator = Ablator(model, pairs, kind, 2)
-    outputs, run = ablator.outputs(pairs)
-    found = ablator.logits(pairs, outputs, run)
+    clean = model.run(pairs.clean, read=model.source_sites)
+    difference, run = ablator.difference(pairs, clean)
+    assert (
+        float((difference[0] + clean[Site("resid_pre", 0)] - source["input"])[mask > 0].abs().max())
+        < TOLERANCE
+    )
+    found = ablator.logits(pairs, source["input"], run)
     assert float((found - expected[:, -1]).abs().max()) < TOLERANCE
 
 
@@ -93,7 +101,8 @@ def test_uneven_prompts(model: TracedModel) -> None:
     with pytest.raises(TaskError, match=r"'uneven': .* --align drop, or --ablation zero or mean"):
         Ablator(model, encoded, "counterfactual", 1)
     for kind in ("zero", "mean"):
-        Ablator(model, encoded, kind, 1).outputs(encoded)
+        clean = model.run(encoded.clean, read=model.source_sites)
+        Ablator(model, encoded, kind, 1).difference(encoded, clean)
 
 
 def test_batch_size_follows_memory(

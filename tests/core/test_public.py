@@ -37,6 +37,7 @@ NAMES = [
     "TracedModel",
     "Wiring",
     "build_circuit",
+    "check_cut",
     "choose_batch_size",
     "circuit_of",
     "edge_effects",

@@ -168,8 +168,8 @@ def test_only_the_strongest_are_checked() -> None:
     none = judged(TRUE, verify=0)
     assert none.graph["verdict"] == "not checked"
     assert "exact_check" not in none.graph
-    with pytest.raises(OptionError, match="--verify -1: give the number of edges to check"):
-        judged(TRUE, verify=-1)
+    with pytest.raises(OptionError, match="--verify -1: give how many edges to check"):
+        build_circuit("gate-add", verify=-1)
 
 
 def test_circuit_says_how_it_was_made() -> None:
