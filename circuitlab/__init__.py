@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from circuitlab.loading import load_model
     from circuitlab.metrics import Metric
     from circuitlab.model import TracedModel
-    from circuitlab.patching import Edge, edge_effects
+    from circuitlab.patching import edge_effects
     from circuitlab.progress import track
     from circuitlab.prompts import EncodedTask, Tokens
     from circuitlab.run import Run
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from circuitlab.sites import Site
     from circuitlab.task_files import read_task, write_task
     from circuitlab.tasks import PromptPair, Task
-    from circuitlab.wiring import ReceiverBlock, Wiring
+    from circuitlab.wiring import Edge, ReceiverBlock, Wiring
 
 __version__ = "0.1.0"
 
 _HOME = {
     "edge_effects": "patching",
-    "Edge": "patching",
+    "Edge": "wiring",
     "choose_batch_size": "ablation",
     "Ablator": "ablation",
     "Ablation": "ablation",

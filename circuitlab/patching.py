@@ -16,18 +16,10 @@ from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask, Tokens
 from circuitlab.run import Run
 from circuitlab.sites import Site
-from circuitlab.wiring import PORTS, Receiver, ReceiverBlock
+from circuitlab.wiring import PORTS, Edge, Receiver, ReceiverBlock
 
 #: Bytes that the residual streams of the edges patched together may take.
 MEMORY = 64 * 2**20
-
-
-class Edge(NamedTuple):
-    """A source, a receiver and the port it reads through."""
-
-    source: str
-    target: str
-    port: str = ""
 
 
 def edge_effects(

@@ -75,13 +75,13 @@ def circuit_of(
 
 def _ranked(wiring: Wiring, scores: Tensor) -> list[tuple[float, str, str, str]]:
     """(score, source, target, port) of every edge, strongest first, ties by name."""
+    source_row = {source: number for number, source in enumerate(wiring.sources)}
+    columns = {tuple(receiver): number for number, receiver in enumerate(wiring.receivers)}
     rows = scores.tolist()
-    edges = []
-    for block in wiring.blocks():
-        for number in range(block.receivers.start, block.receivers.stop):
-            target, port = wiring.receivers[number]
-            for row, source in zip(rows[: block.n_sources], wiring.sources, strict=False):
-                edges.append((row[number], source, target, port))
+    edges = [
+        (rows[source_row[edge.source]][columns[edge.target, edge.port]], *edge)
+        for edge in wiring.edges
+    ]
     for score, source, target, port in edges:
         if not abs(score) < float("inf"):
             raise NumericsError(

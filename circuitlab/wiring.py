@@ -30,6 +30,14 @@ class Receiver(NamedTuple):
     port: str
 
 
+class Edge(NamedTuple):
+    """A source, the component that reads it, and the port it reads through."""
+
+    source: str
+    target: str
+    port: str = ""
+
+
 class Component(NamedTuple):
     """What a component's name says: ``kind`` input, head, mlp or logits; its layer and head."""
 
@@ -98,6 +106,16 @@ class Wiring:
             yield ReceiverBlock("mlp", layer, slice(start + width - 1, start + width), heard)
         last = self.n_layers * width
         yield ReceiverBlock("logits", self.n_layers, slice(last, last + 1), len(self.sources))
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, by receiver and then by source, both in forward order."""
+        return tuple(
+            Edge(source, *receiver)
+            for block in self.blocks()
+            for receiver in self.receivers[block.receivers]
+            for source in self.sources[: block.n_sources]
+        )
 
     @property
     def n_edges(self) -> int:

@@ -46,12 +46,19 @@ class Done:
 Runner = Callable[..., Done]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small models: a second thread costs more in waiting than it does work."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def lab(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Runner]:
     """``lab("trace", "--model", ...)``: the command line in this process, in its own folder."""
-    import torch
 
     # Its logger keeps the stderr it meets first, which must not be one test's.
     with capsys.disabled():
@@ -59,7 +66,6 @@ def lab(
 
     from circuitlab.cli import main, screen
 
-    torch.set_num_threads(1)
     for name in [name for name in os.environ if name.startswith("CIRCUITLAB_")]:
         monkeypatch.delenv(name)
     # setenv before delenv: a value that the command sets is taken back at the end.

@@ -14,11 +14,6 @@ from circuitlab.registry import Registry
 from circuitlab.testing import check_analysis, planted_circuit, tiny_model, toy_task
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def direct(model: TracedModel, task: Task, *, scale: float = 1.0) -> CircuitGraph:
     """Score each head by the size of its z on the clean prompts."""
     pairs = model.encode(task)

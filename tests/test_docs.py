@@ -84,9 +84,6 @@ def run_page(
     lab: Callable[..., Any], tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[Path], None]]:
     """Go through a page from the top, as a reader would, in an empty folder."""
-    import torch
-
-    torch.set_num_threads(1)
     monkeypatch.syspath_prepend(tmp_path)
     space: dict[str, Any] = {"__name__": "page"}
 

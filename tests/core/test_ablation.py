@@ -25,11 +25,6 @@ from circuitlab.ablation import Ablation
 TOLERANCE = 1e-11
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def module() -> Any:
     return oracles.random_gpt2(seed=11)

@@ -15,11 +15,6 @@ from circuitlab.baseline import Baseline, check, measure
 VOCAB = 40
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def module() -> Any:
     return oracles.random_gpt2(seed=2)

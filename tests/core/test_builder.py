@@ -29,11 +29,6 @@ from circuitlab.registry import PluginInfo, Registry
 from circuitlab.testing import tiny_model, toy_task
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def drawing(model: TracedModel, task: Task, *, size: float = 1.0) -> CircuitGraph:
     """A score that is drawn at random."""
     circuit = CircuitGraph(metric="my own")

@@ -16,11 +16,6 @@ from circuitlab.architectures import gpt2
 from circuitlab.checks import Check, probe, require, run_checks
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def traced(module: Any, **changes: Any) -> TracedModel:
     """The module, described as GPT-2 but for these changes."""
     architecture = gpt2(module.config)

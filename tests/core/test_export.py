@@ -295,10 +295,8 @@ def test_every_edge_of_a_model_is_legal(parallel: bool, tmp_path: Path) -> None:
     for name in (*wiring.sources, "logits"):
         component = wiring.component(name)
         circuit.add_component(name, kind=component.kind, layer=component.layer)
-    for block in wiring.blocks():
-        for target, port in wiring.receivers[block.receivers]:
-            for source in wiring.sources[: block.n_sources]:
-                circuit.add_effect(source, target, 0.5, port=port)
+    for source, target, port in wiring.edges:
+        circuit.add_effect(source, target, 0.5, port=port)
     write_circuit(circuit, tmp_path / "a.mib.json")
     assert read_circuit(tmp_path / "a.mib.json").number_of_edges() == wiring.n_edges
     circuit.add_effect("m1", "a1.h0", 0.5, port="q")

@@ -35,7 +35,6 @@ WEAK: dict[str, Any] = {"allow_weak": True}
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     for name in ("CIRCUITLAB_PLUGINS", "CIRCUITLAB_STRICT_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 

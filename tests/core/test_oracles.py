@@ -14,11 +14,6 @@ from torch import Tensor, nn
 F64 = torch.finfo(torch.float64).eps
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def prompts() -> tuple[Tensor, Tensor]:
     """Clean and corrupt ids, ``[3, 6]`` each."""
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tasks import random_task
 from torch import Tensor
 
 from circuitlab import (
@@ -33,11 +34,6 @@ TOLERANCE = 1e-9
 ABLATIONS: tuple[Ablation, ...] = ("counterfactual", "zero", "mean")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def module() -> Any:
     return oracles.random_gpt2(2, 2, 16, seed=7)
@@ -46,29 +42,6 @@ def module() -> Any:
 @pytest.fixture(scope="module")
 def model(module: Any) -> TracedModel:
     return load_model((module, None))
-
-
-def random_task(lengths: list[int], metric: str = "logit-difference", seed: int = 0) -> Task:
-    """Contrasts of these lengths; clean and corrupt differ in half of their tokens or more."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = []
-    for number, length in enumerate(lengths):
-        clean, corrupt = torch.randint(0, 20, (2, length), generator=generator)
-        corrupt[length // 2 :] += 20
-        pairs.append(
-            PromptPair(tuple(clean.tolist()), tuple(corrupt.tolist()), (number,), (number + 9,))
-        )
-    return Task("random", tuple(pairs), metric)
-
-
-def all_edges(model: TracedModel) -> list[Edge]:
-    wiring = model.wiring
-    return [
-        Edge(source, *receiver)
-        for block in wiring.blocks()
-        for receiver in wiring.receivers[block.receivers]
-        for source in wiring.sources[: block.n_sources]
-    ]
 
 
 def brute_force(
@@ -99,7 +72,7 @@ def test_all_edges_equal_brute_force(
 ) -> None:
     """Every edge of the model, on a padded batch, in every batch size: the oracle's effect."""
     pairs = model.encode(random_task([6, 3, 5, 6], metric))
-    edges = all_edges(model)
+    edges = model.wiring.edges
     expected = brute_force(module, pairs, ablation)
     assert len(edges) == len(expected) == model.wiring.n_edges
     for size in (1, 3, None):
@@ -116,7 +89,7 @@ def test_all_edges_equal_brute_force(
 def test_padding_changes_no_effect(model: TracedModel, lengths: list[int], seed: int) -> None:
     """A pair has the same effects in a padded batch as alone."""
     task = random_task(lengths, seed=seed)
-    edges = all_edges(model)[::5]
+    edges = model.wiring.edges[::5]
     together = edge_effects(model, model.encode(task), edges)
     for column, pair in enumerate(task.pairs):
         alone = edge_effects(model, model.encode(Task("one", (pair,))), edges)
@@ -126,7 +99,7 @@ def test_padding_changes_no_effect(model: TracedModel, lengths: list[int], seed:
 def test_order_and_repeats_of_edges(model: TracedModel) -> None:
     """Effects come in the order of the edges, repeated ones too; no edges give no rows."""
     pairs = model.encode(random_task([4, 4]))
-    edges = all_edges(model)
+    edges = model.wiring.edges
     effects = dict(zip(edges, edge_effects(model, pairs, edges), strict=True))
     mixed = [edges[-1], edges[3], edges[-1], edges[17], edges[0]]
     for edge, row in zip(mixed, edge_effects(model, pairs, mixed), strict=True):
@@ -137,7 +110,7 @@ def test_order_and_repeats_of_edges(model: TracedModel) -> None:
 def test_little_memory_gives_the_same(model: TracedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few edges fit into one pass, the effects are those of all at once."""
     pairs = model.encode(random_task([5, 4, 5]))
-    edges = all_edges(model)
+    edges = model.wiring.edges
     expected = edge_effects(model, pairs, edges)
     for n_rows in (0, 1, 3):
         monkeypatch.setattr(patching, "MEMORY", n_rows * 3 * 5 * 16 * 4)
@@ -148,7 +121,7 @@ def test_little_memory_gives_the_same(model: TracedModel, monkeypatch: pytest.Mo
 def test_patching_does_not_run_what_is_before(module: Any, model: TracedModel) -> None:
     """Edges into the last layer run the last layer alone, once for many edges."""
     pairs = model.encode(random_task([4, 4]))
-    edges = [edge for edge in all_edges(model) if edge.target == "m1"]
+    edges = [edge for edge in model.wiring.edges if edge.target == "m1"]
     ran: list[int] = []
     handles = [
         block.mlp.register_forward_hook(lambda *_, n=n: ran.append(n))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from circuitlab import (
     CircuitGraph,
@@ -27,7 +26,6 @@ TASK = Task("own", (PromptPair((1,), (2,), (3,), (4,)),))
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     for name in ("CIRCUITLAB_PLUGINS", "CIRCUITLAB_STRICT_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 

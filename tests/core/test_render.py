@@ -68,12 +68,8 @@ def whole(wiring: Wiring) -> CircuitGraph:
     for name in (*wiring.sources, "logits"):
         component = wiring.component(name)
         circuit.add_component(name, kind=component.kind, layer=component.layer)
-    rank = 0
-    for block in wiring.blocks():
-        for target, port in wiring.receivers[block.receivers]:
-            for source in wiring.sources[: block.n_sources]:
-                rank += 1
-                circuit.add_effect(source, target, (-1) ** rank / rank, port=port)
+    for rank, (source, target, port) in enumerate(wiring.edges, start=1):
+        circuit.add_effect(source, target, (-1) ** rank / rank, port=port)
     return circuit
 
 

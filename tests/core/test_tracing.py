@@ -41,11 +41,6 @@ WRITTEN = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def module() -> Any:
     return oracles.random_gpt2(N_LAYERS, N_HEADS, N_HEADS * D_HEAD)

@@ -16,11 +16,6 @@ TOLERANCE = 1e-10
 LAST = Site("resid_post", 2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["norms", "no norms"])
 def module(request: pytest.FixtureRequest) -> Any:
     return oracles.random_gpt2(3, 2, 16, layer_norm=request.param, seed=4).requires_grad_(False)

@@ -16,11 +16,6 @@ from circuitlab import NumericsError, Site, SiteError, TaskError, TracedModel, l
 PROMPTS = [(1, 2, 3, 4), (5, 6)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model() -> TracedModel:
     return load_model((oracles.random_gpt2(), None))

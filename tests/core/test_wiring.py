@@ -13,20 +13,11 @@ from circuitlab.wiring import Component, Receiver
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 5), st.booleans())
 
 
-def edges(wiring: Wiring) -> list[tuple[str, str, str]]:
-    return [
-        (source, *receiver)
-        for block in wiring.blocks()
-        for receiver in wiring.receivers[block.receivers]
-        for source in wiring.sources[: block.n_sources]
-    ]
-
-
 def test_gpt2_small_has_the_published_counts() -> None:
     """157 sources, 445 receivers and 32,491 edges, as EAP-IG and MIB count them."""
     wiring = Wiring(12, 12)
     assert (len(wiring.sources), len(wiring.receivers), wiring.n_edges) == (157, 445, 32_491)
-    assert len(set(edges(wiring))) == 32_491
+    assert len(set(wiring.edges)) == 32_491
 
 
 @given(SIZES)
@@ -38,7 +29,7 @@ def test_edges_are_those_of_the_oracle(size: tuple[int, int, bool]) -> None:
     if parallel:
         own = {(f"a{n}.h{h}", f"m{n}", "") for n in range(n_layers) for h in range(n_heads)}
         expected -= own
-    found = edges(wiring)
+    found = wiring.edges
     assert set(found) == expected
     assert len(found) == len(expected) == wiring.n_edges
     assert len(set(wiring.sources)) == len(wiring.sources)

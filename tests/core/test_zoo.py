@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -22,14 +22,6 @@ from circuitlab.zoo.recipe import split
 
 RECIPE_MODULES = [induction, ioi_mini, greater_than, docstring_mini]
 TRAINED = [name for name, model in zoo.MODELS.items() if model.kind == "trained"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def task_of(name: str) -> Task:

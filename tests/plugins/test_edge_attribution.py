@@ -12,6 +12,7 @@ import torch
 from circuitlab_edge_attribution.attribution import EdgeScores, edge_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_tasks import random_task
 from torch import Tensor
 
 from circuitlab import (
@@ -39,38 +40,10 @@ METHODS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def random_task(lengths: list[int], metric: str = "logit-difference", seed: int = 0) -> Task:
-    """Contrasts of these lengths; clean and corrupt differ in half of their tokens or more."""
-    generator = torch.Generator().manual_seed(seed)
-    pairs = []
-    for number, length in enumerate(lengths):
-        clean, corrupt = torch.randint(0, 20, (2, length), generator=generator)
-        corrupt[length // 2 :] += 20
-        pairs.append(
-            PromptPair(tuple(clean.tolist()), tuple(corrupt.tolist()), (number,), (number + 9,))
-        )
-    return Task("random", tuple(pairs), metric)
-
-
-def edges_of(model: TracedModel) -> list[Edge]:
-    wiring = model.wiring
-    return [
-        Edge(source, *receiver)
-        for block in wiring.blocks()
-        for receiver in wiring.receivers[block.receivers]
-        for source in wiring.sources[: block.n_sources]
-    ]
-
-
 def named(model: TracedModel, scores: Tensor) -> dict[Edge, float]:
     rows = {source: number for number, source in enumerate(model.wiring.sources)}
     columns = {tuple(receiver): number for number, receiver in enumerate(model.wiring.receivers)}
-    return {e: float(scores[rows[e.source], columns[e[1:]]]) for e in edges_of(model)}
+    return {e: float(scores[rows[e.source], columns[e[1:]]]) for e in model.wiring.edges}
 
 
 def oracle(
@@ -160,7 +133,7 @@ def test_linear_model_has_exact_scores() -> None:
     """Where nothing bends between two ends, scores are effects and every cut carries all of it."""
     model = load_model((oracles.random_gpt2(layer_norm=False, mlp=False, seed=8), None))
     pairs = model.encode(random_task([1, 1, 1]))
-    edges = edges_of(model)
+    edges = model.wiring.edges
     exact = edge_effects(model, pairs, edges).mean(1)
     scored = edge_scores(model, pairs, method="eap")
     found = torch.tensor(list(named(model, scored.scores).values()), dtype=torch.float64)

@@ -18,11 +18,6 @@ from circuitlab.testing import tiny_model, toy_task
 METHODS = ("eap", "eap-ig")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def kept(circuit: CircuitGraph) -> set[tuple[str, str, str]]:
     return {effect[:3] for effect in circuit.effects()}
 
