@@ -62,8 +62,7 @@ def compare(name: str) -> None:
 
 def brute_force(model: circuitlab.TracedModel) -> tuple[torch.Tensor, list[circuitlab.Edge]]:
     """Exact effect of every edge, mean over pairs, ``[n_edges]``, and the edges."""
-    whole = circuitlab.build_circuit(model, None, top="all", verify=0, method="eap")
-    edges = [circuitlab.Edge(*edge) for edge in sorted(whole.edges(keys=True))]
+    edges = sorted(model.wiring.edges)
     task = next(task for task in zoo.tasks() if task.name == model.task_name)
     return circuitlab.edge_effects(model, model.encode(task), edges).mean(1).float(), edges
 
