@@ -95,6 +95,7 @@ def load_unchecked(
         if source in zoo.MODELS:
             module, tokenizer = zoo.load(str(source))
             task_name = zoo.MODELS[str(source)].task
+            revision = zoo.digest(str(source))
         else:
             module, tokenizer = _pretrained(str(source), revision, trust_remote_code, allow_pickle)
             revision = getattr(module.config, "_commit_hash", None) or revision

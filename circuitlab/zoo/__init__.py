@@ -7,6 +7,7 @@ is known. Importing this package loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODELS",
     "BundledModel",
+    "digest",
     "evaluate",
     "folder",
     "known_edges",
@@ -128,7 +130,33 @@ def load(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
         return compile_model(name)
     from circuitlab.zoo.files import read
 
+    digest(name)
     return read(name, folder(name))
+
+
+def digest(name: str) -> str | None:
+    """First 12 hexadecimal digits of the SHA-256 of a trained model's weights; None for a formula.
+
+    Raises:
+        ModelError: there is no such model, or its weights are missing or not those that came with
+            this version.
+    """
+    if _entry(name).kind == "hand":
+        return None
+    weights = folder(name) / "model.safetensors"
+    try:
+        found = hashlib.sha256(weights.read_bytes()).hexdigest()
+        listed = (_WEIGHTS / "SHA256SUMS").read_text("ascii")
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"bundled model {name!r} cannot be read: {error}; reinstall circuitlab"
+        ) from error
+    if f"{found}  {name}/{weights.name}" not in listed.splitlines():
+        raise ModelError(
+            f"the weights of bundled model {name!r} are not those that came with this version "
+            f"(SHA-256 {found[:12]}…): the file is damaged or was changed; reinstall circuitlab"
+        )
+    return found[:12]
 
 
 def train(

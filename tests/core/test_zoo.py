@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from circuitlab import zoo
+from circuitlab import load_model, zoo
 from circuitlab.errors import ModelError, ResourceError
 from circuitlab.tasks import Task
 from circuitlab.zoo import docstring_mini, greater_than, induction, ioi_mini, training
@@ -349,3 +349,22 @@ def test_damaged_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         zoo.load("docstring-mini")
     with pytest.raises(ModelError, match="induction"):
         zoo.load("induction")
+
+
+def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of difference from what was shipped is found, though the file can be read."""
+    sums = (zoo.folder("docstring-mini").parent / "SHA256SUMS").read_text()
+    target = tmp_path / "docstring-mini"
+    zoo.save(*zoo.load("docstring-mini"), target)
+    (tmp_path / "SHA256SUMS").write_text(sums)
+    monkeypatch.setattr(zoo, "_WEIGHTS", tmp_path)
+    shipped = zoo.digest("docstring-mini")
+    assert shipped is not None
+    assert shipped in sums
+    assert load_model("docstring-mini").revision == shipped
+    weights = target / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    with pytest.raises(ModelError, match=r"'docstring-mini' are not those .* reinstall"):
+        zoo.load("docstring-mini")
