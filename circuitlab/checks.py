@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from circuitlab.errors import ModelError, NumericsError, QualityError
 from circuitlab.prompts import Tokens
 from circuitlab.sites import Site
+from circuitlab.wiring import PORTS
 
 if TYPE_CHECKING:
     from circuitlab.model import TracedModel
@@ -101,7 +102,7 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
 
 def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     layers = range(model.n_layers)
-    ports = [Site(k, n) for n in layers for k in ("q", "k", "v")]
+    ports = [Site(k, n) for n in layers for k in PORTS]
     sites = [*ports, *(Site("attn_out", n) for n in layers)]
     streams = [Site(k, n) for n in layers for k in ("resid_pre", "mlp_in")]
     last = Site("resid_post", model.n_layers - 1)

@@ -95,10 +95,10 @@ def load_unchecked(
         if source in zoo.MODELS:
             module, tokenizer = zoo.load(str(source))
             task_name = zoo.MODELS[str(source)].task
-            revision = zoo.digest(str(source))
+            revision = None
         else:
             module, tokenizer = _pretrained(str(source), revision, trust_remote_code, allow_pickle)
-            revision = getattr(module.config, "_commit_hash", None) or revision
+        revision = getattr(module.config, "_commit_hash", None) or revision
         module = module.to(device=where, dtype=getattr(torch, dtype)).requires_grad_(False)
         name = str(source)
     else:

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 
 from circuitlab.errors import GraphError
 from circuitlab.graph import CircuitGraph, effect_name
-from circuitlab.wiring import Wiring
+from circuitlab.wiring import PORTS, Wiring
 
 _EDGE = re.compile(r"(?P<source>.+?)->(?P<target>[^<]+)(?:<(?P<port>[qkv])>)?")
 
@@ -151,7 +151,7 @@ def _check_edge(wiring: Wiring, source: str, target: str, port: str) -> None:
     name = effect_name(source, target, port)
     head = wiring.component(target).kind == "head"
     wiring.component(source)
-    if head != (port in ("q", "k", "v")) or (not head and port):
+    if head != (port in PORTS) or (not head and port):
         raise GraphError(
             f"effect {name} has port {port!r}; heads are read through q, k or v, others through ''"
         )

@@ -203,7 +203,7 @@ class TracedModel:
     @cached_property
     def receiver_sites(self) -> tuple[Site, ...]:
         """What :meth:`receiver_gradients` needs as ``gradient_at``."""
-        kinds = ("q", "k", "v", "mlp_in")
+        kinds = (*PORTS, "mlp_in")
         sites = [Site(kind, layer) for layer in range(self.n_layers) for kind in kinds]
         return (*sites, Site("resid_post", self.n_layers - 1))
 
@@ -311,7 +311,7 @@ class TracedModel:
         Raises:
             SiteError: the site is of another kind or does not exist.
         """
-        if site.kind not in ("q", "k", "v") or site.layer is None:
+        if site.kind not in PORTS or site.layer is None:
             raise SiteError(f"site {site} is not a projection; give q, k or v of a layer")
         self._locator.check(site)
         a = self.architecture
@@ -363,7 +363,7 @@ class TracedModel:
         self, tokens: Tokens, logits: Tensor, write: Mapping[Site, Tensor]
     ) -> NumericsError:
         """The error that names the first site, in forward order, that is not finite."""
-        kinds = ("resid_pre", "q", "k", "v", "z", "attn_out", "mlp_out", "resid_post")
+        kinds = ("resid_pre", *PORTS, "z", "attn_out", "mlp_out", "resid_post")
         sites = sorted(Site(k, layer) for k in kinds for layer in range(self.n_layers))
         plan = make_plan(self._locator, sites, write, ())
         values = self._tracer.execute(tokens, plan, keep_all=False).read

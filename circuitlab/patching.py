@@ -68,8 +68,6 @@ class _Block(NamedTuple):
 
 def _by_block(model: TracedModel, edges: Sequence[Edge]) -> dict[_Block, list[int]]:
     """Indices of the edges into each block of receivers, each edge checked."""
-    receivers = {receiver: number for number, receiver in enumerate(model.wiring.receivers)}
-    sources = {source: number for number, source in enumerate(model.wiring.sources)}
     where: dict[int, ReceiverBlock] = {
         number: block
         for block in model.wiring.blocks()
@@ -77,8 +75,8 @@ def _by_block(model: TracedModel, edges: Sequence[Edge]) -> dict[_Block, list[in
     }
     blocks: dict[_Block, list[int]] = defaultdict(list)
     for row, edge in enumerate(edges):
-        receiver = receivers.get(Receiver(edge.target, edge.port))
-        source = sources.get(edge.source)
+        receiver = model.wiring.receiver_columns.get(Receiver(edge.target, edge.port))
+        source = model.wiring.source_rows.get(edge.source)
         if receiver is None or source is None or source >= where[receiver].n_sources:
             raise GraphError(
                 f"edge {edge.source} -> {edge.target}{':' + edge.port if edge.port else ''} does "
@@ -96,24 +94,23 @@ class _State:
         self.model, self.batch = model, batch
         streams = ["resid_pre"] if model.architecture.parallel else ["resid_pre", "resid_mid"]
         layers = range(model.n_layers)
-        sites = [Site(kind, layer) for kind in streams for layer in layers]
+        sites = [Site(kind, layer) for kind in (*streams, *PORTS) for layer in layers]
         self.clean = model.run(
             batch.clean, read=[*model.source_sites, *sites, Site("resid_post", model.n_layers - 1)]
         )
         self.difference, _ = ablator.difference(batch, self.clean)
         self.reference = self.clean.logits[:, -1]
         self.base = batch.score(self.reference, self.reference)
-        self.sources = {name: number for number, name in enumerate(model.wiring.sources)}
 
     def chunks(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        batch, pos = self.batch.clean.ids.shape
-        size = max(1, MEMORY // (batch * pos * self.model.d_model * 4))
+        size = max(1, MEMORY // self.difference[0].nbytes)
         return (list(rows[i : i + size]) for i in range(0, len(rows), size))
 
     def effects(self, kind: str, layer: int, edges: Sequence[Edge]) -> Tensor:
         """``[edges, batch]`` for edges into one block of receivers."""
         model, clean = self.model, self.clean
-        moved = self.difference[[self.sources[edge.source] for edge in edges]].to(model.dtype)
+        rows = [model.wiring.source_rows[edge.source] for edge in edges]
+        moved = self.difference[rows].to(model.dtype)
         if kind == "logits":
             last = Site("resid_post", model.n_layers - 1)
             write = {last: clean[last] + moved}
@@ -142,8 +139,7 @@ class _State:
             if not rows:
                 continue
             site = Site(port, layer)
-            value = model.projected(site, self.clean[Site("resid_pre", layer)])
-            value = value.expand(len(edges), *value.shape).clone()
+            value = self.clean[site].expand(len(edges), -1, -1, -1, -1).clone()
             patched = model.projected(site, streams[rows])
             for number, row in enumerate(rows):
                 head = model.wiring.component(edges[row].target).head

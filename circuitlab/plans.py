@@ -25,6 +25,7 @@ from torch import Tensor
 from circuitlab.architectures import Architecture
 from circuitlab.errors import SiteError
 from circuitlab.sites import BLOCK_KINDS, HEAD_KINDS, Site
+from circuitlab.wiring import PORTS
 
 Step = tuple[Any, ...]
 Plan = list[Step]
@@ -69,7 +70,7 @@ class Locator:
             raise SiteError("site logits is read as run.logits and cannot be written")
         if site.layer is None:
             return Place(a.embed, "output", 0)
-        if kind in ("q", "k", "v"):
+        if kind in PORTS:
             return Place(a.block(site.layer, a.projection(kind).path), "output", 0)
         path, side, item = {
             "resid_pre": ("", "input", 0),
@@ -87,7 +88,7 @@ class Locator:
         """Columns of the place's last axis that belong to ``head``."""
         a = self.architecture
         offset, stride = 0, a.d_head
-        if site.kind in ("q", "k", "v"):
+        if site.kind in PORTS:
             projection = a.projection(site.kind)
             offset, stride = projection.offset, projection.stride
         return slice(offset + head * stride, offset + head * stride + a.d_head)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from circuitlab.errors import NumericsError, OptionError
 from circuitlab.graph import CircuitGraph
+from circuitlab.wiring import Receiver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,12 +76,10 @@ def circuit_of(
 
 def _ranked(wiring: Wiring, scores: Tensor) -> list[tuple[float, str, str, str]]:
     """(score, source, target, port) of every edge, strongest first, ties by name."""
-    source_row = {source: number for number, source in enumerate(wiring.sources)}
-    columns = {tuple(receiver): number for number, receiver in enumerate(wiring.receivers)}
-    rows = scores.tolist()
+    source_rows, columns, rows = wiring.source_rows, wiring.receiver_columns, scores.tolist()
     edges = [
-        (rows[source_row[edge.source]][columns[edge.target, edge.port]], *edge)
-        for edge in wiring.edges
+        (rows[source_rows[source]][columns[Receiver(target, port)]], source, target, port)
+        for source, target, port in wiring.edges
     ]
     for score, source, target, port in edges:
         if not abs(score) < float("inf"):

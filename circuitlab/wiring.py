@@ -89,6 +89,16 @@ class Wiring:
             receivers.append(Receiver(f"m{layer}", ""))
         return (*receivers, Receiver("logits", ""))
 
+    @cached_property
+    def source_rows(self) -> dict[str, int]:
+        """Index of each source in ``sources``."""
+        return {source: row for row, source in enumerate(self.sources)}
+
+    @cached_property
+    def receiver_columns(self) -> dict[Receiver, int]:
+        """Index of each receiver in ``receivers``."""
+        return {receiver: column for column, receiver in enumerate(self.receivers)}
+
     def first_source(self, layer: int) -> int:
         """Index of the first source of a layer, which is the number of sources before it."""
         return 1 + layer * (self.n_heads + 1)

@@ -57,11 +57,10 @@ def circuitlab(no_color: bool, debug_traceback: bool) -> None:
 @click.option("--top", type=click.IntRange(min=0), help="Draw only the strongest edges.")
 def render(circuit: Path, output: tuple[Path, ...], top: int | None) -> None:
     """Draw or convert a circuit that was traced before."""
+    from circuitlab.cli.installed import load_registry
     from circuitlab.export import check_target, read_circuit, write_circuit
-    from circuitlab.registry import Registry
 
-    with screen.quiet_stdout():
-        exporters = Registry.load().exporters
+    exporters = load_registry().exporters
     for path in output:
         check_target(path, exporters)
     graph = read_circuit(circuit)
@@ -84,10 +83,9 @@ def plugins(ctx: click.Context) -> None:
 @plugins.command("list")
 def list_plugins() -> None:
     """One row for each plugin."""
-    from circuitlab.registry import Registry
+    from circuitlab.cli.installed import load_registry
 
-    with screen.quiet_stdout():
-        registry = Registry.load()
+    registry = load_registry()
     rows = []
     for info in registry.plugins.values():
         offers = ", ".join(offer.partition(":")[2] for offer in info.offers)
@@ -159,10 +157,9 @@ def tasks(ctx: click.Context) -> None:
 @tasks.command("list")
 def list_tasks() -> None:
     """One row for each named task."""
-    from circuitlab.registry import Registry
+    from circuitlab.cli.installed import load_registry
 
-    with screen.quiet_stdout():
-        registry = Registry.load()
+    registry = load_registry()
     rows = [(t.name, str(len(t.pairs)), t.metric, t.description) for t in registry.tasks.values()]
     screen.table(("task", "pairs", "metric", "what the model has to do"), rows)
 
@@ -173,10 +170,9 @@ def show_task(name: str) -> None:
     """Print the task NAME in the layout of a task file."""
     import json
 
-    from circuitlab.registry import Registry
+    from circuitlab.cli.installed import load_registry
 
-    with screen.quiet_stdout():
-        registry = Registry.load()
+    registry = load_registry()
     screen.out(json.dumps(registry.task(name).to_json(), indent=1))
 
 
@@ -231,7 +227,7 @@ def doctor(model: str | None) -> None:
     """Show what is installed and whether it works; with MODEL, its self-check too."""
     from importlib.metadata import version
 
-    from circuitlab.registry import Registry
+    from circuitlab.cli.installed import load_registry
     from circuitlab.render import graphviz_version
 
     values = {"python": sys.version.split()[0]}
@@ -246,8 +242,7 @@ def doctor(model: str | None) -> None:
     )
     torch = importlib.import_module("torch")
     values["devices"] = "cpu" + (f", cuda x{n}" if (n := torch.cuda.device_count()) else "")
-    with screen.quiet_stdout():
-        registry = Registry.load()
+    registry = load_registry()
     values["plugins"] = ", ".join(n for n, i in registry.plugins.items() if not i.failure)
     for info in registry.failed:
         values[f"plugin {info.name}"] = f"NOT LOADED: {info.failure}"

@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from circuitlab.cli import result, screen
+from circuitlab.cli.installed import load_registry, warn_of_broken
 from circuitlab.cli.suggesting import Suggesting
 from circuitlab.errors import OptionError, QualityError, TaskError
 from circuitlab.export import check_target, write_circuit
@@ -67,8 +68,7 @@ class TraceGroup(Suggesting):
     def registry(self) -> Registry:
         """The installed plugins, loaded once."""
         if self._registry is None:
-            with screen.quiet_stdout():
-                self._registry = Registry.load()
+            self._registry = load_registry()
         return self._registry
 
     def resolve_command(
@@ -78,7 +78,7 @@ class TraceGroup(Suggesting):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
-            _warn_of_broken(self.registry)
+            warn_of_broken(self.registry)
             raise
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -102,7 +102,7 @@ class TraceGroup(Suggesting):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Every analysis with its summary, and its options under it."""
-        _warn_of_broken(self.registry)
+        warn_of_broken(self.registry)
         for name in self.list_commands(ctx):
             analysis = self.registry.analyses[name]
             default = " (the default)" if name == DEFAULT_ANALYSIS else ""
@@ -234,7 +234,7 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
     screen.Screen.quiet = values["quiet"]
     screen.Screen.progress = values["progress"]
     screen.Screen.color = screen.Screen.color and values["color"]
-    _warn_of_broken(registry)
+    warn_of_broken(registry)
     if values["dry_run"]:
         _show_settings(analysis)
         return
@@ -307,11 +307,6 @@ def _build(
             registry=registry,
             **options,
         )
-
-
-def _warn_of_broken(registry: Registry) -> None:
-    for info in registry.failed:
-        screen.warn(info.warning)
 
 
 def _task(registry: Registry, values: dict[str, Any]) -> Task | None:

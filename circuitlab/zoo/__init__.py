@@ -130,8 +130,11 @@ def load(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
         return compile_model(name)
     from circuitlab.zoo.files import read
 
-    digest(name)
-    return read(name, folder(name))
+    commit = digest(name)
+    module, tokenizer = read(name, folder(name))
+    # Where the hub's own loader leaves a model's commit.
+    module.config._commit_hash = commit
+    return module, tokenizer
 
 
 def digest(name: str) -> str | None:
