@@ -32,6 +32,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def ratios(rounds: list[dict[str, Sample]], work: str, base: str) -> dict[str, float]:
+    """How many times as long as ``base`` a work took, within rounds."""
+    return spread([r[work].seconds / r[base].seconds for r in rounds])
+
+
 def summarize(rounds: list[dict[str, Sample]], memory: dict[str, float]) -> dict[str, Any]:
     """Per work: seconds, ratios to the floor of the same round, peak memory and its ratio."""
     summary: dict[str, Any] = {"floor": {"seconds": spread([floor(r) for r in rounds])}}
@@ -65,7 +70,7 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     heads = ["work", "median s", "min - max s", "x floor (min - max)"]
     heads += ["peak MiB", "x backward's peak", "foreign cores"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = [heads]
     for name, row in summary.items():
         cells = dict.fromkeys(heads, "") | {"work": name}
         if seconds := row.get("seconds"):
@@ -81,4 +86,10 @@ def table(summary: dict[str, Any]) -> str:
         if row.get("foreign_cores") is not None:
             cells["foreign cores"] = f"{row['foreign_cores']:.1f}"
         rows.append(list(cells.values()))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)

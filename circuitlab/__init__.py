@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from circuitlab.ablation import Ablation, Ablator, choose_batch_size
+    from circuitlab.ablation import Ablation, Ablator
     from circuitlab.architectures import Architecture, Projection
     from circuitlab.builder import build_circuit
+    from circuitlab.checkpoint import Checkpoint
     from circuitlab.errors import (
         CircuitLabError,
         GraphError,
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from circuitlab.graph import CircuitGraph
     from circuitlab.hookspecs import hookimpl
     from circuitlab.loading import load_model
+    from circuitlab.memory import choose_batch_size
     from circuitlab.metrics import Metric
     from circuitlab.model import TracedModel
+    from circuitlab.patcher import Mode, Patcher, patchers
     from circuitlab.patching import edge_effects
     from circuitlab.progress import track
     from circuitlab.prompts import EncodedTask, Tokens
@@ -43,12 +46,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Mode": "patcher",
+    "Patcher": "patcher",
     "edge_effects": "patching",
+    "patchers": "patcher",
     "Edge": "wiring",
-    "choose_batch_size": "ablation",
+    "choose_batch_size": "memory",
     "Ablator": "ablation",
     "Ablation": "ablation",
     "Architecture": "architectures",
+    "Checkpoint": "checkpoint",
     "CircuitGraph": "render",  # with what draws it in notebooks
     "CircuitLabError": "errors",
     "EncodedTask": "prompts",
@@ -87,15 +94,18 @@ __all__ = [
     "Ablation",
     "Ablator",
     "Architecture",
+    "Checkpoint",
     "CircuitGraph",
     "CircuitLabError",
     "Edge",
     "EncodedTask",
     "GraphError",
     "Metric",
+    "Mode",
     "ModelError",
     "NumericsError",
     "OptionError",
+    "Patcher",
     "PluginError",
     "Projection",
     "PromptPair",
@@ -117,6 +127,7 @@ __all__ = [
     "edge_effects",
     "hookimpl",
     "load_model",
+    "patchers",
     "read_circuit",
     "read_task",
     "track",

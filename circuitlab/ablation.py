@@ -15,17 +15,6 @@ from circuitlab.sites import Site
 
 Ablation = Literal["counterfactual", "zero", "mean"]
 
-#: Bytes that one batch's sources and receivers may take, when the batch size is not given.
-MEMORY = 256 * 2**20
-
-
-def choose_batch_size(model: TracedModel, pairs: EncodedTask) -> int:
-    """Pairs per pass such that their sources and receiver gradients fit in :data:`MEMORY`."""
-    ends = len(model.wiring.sources) + len(model.wiring.receivers)
-    width = torch.promote_types(model.dtype, torch.float32).itemsize
-    per_pair = ends * pairs.clean.ids.shape[1] * model.d_model * width
-    return max(1, min(len(pairs), MEMORY // max(1, per_pair)))
-
 
 class Ablator:
     """Runs a task's pairs clean and ablated.

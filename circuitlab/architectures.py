@@ -46,6 +46,11 @@ class Architecture:
         mlp_norm: Norm that feeds the MLP.
         mlp: MLP module.
         parallel: Whether attention and MLP of a block read the same residual stream.
+        unembedding: Linear map from the final norm to the logits.
+        attention_outputs: Length of the tuple that the attention module returns; 0 for a tensor.
+        mlp_output_projection: Maps the MLP's hidden layer back to the residual stream; empty where
+            it is not told, or no one linear map: then there is no ``mlp_post``.
+        d_mlp: Width of that hidden layer; 0 without ``mlp_output_projection``.
     """
 
     family: str
@@ -66,6 +71,10 @@ class Architecture:
     mlp_norm: str
     mlp: str
     parallel: bool = False
+    unembedding: str = "lm_head"
+    attention_outputs: int = 2
+    mlp_output_projection: str = ""
+    d_mlp: int = 0
 
     @property
     def wiring(self) -> Wiring:
@@ -89,9 +98,16 @@ class Architecture:
             self.output_projection,
             self.mlp_norm,
             self.mlp,
+            *filter(None, [self.mlp_output_projection]),
         )
         last = self.block(self.n_layers - 1)
-        return (self.embed, *(self.block(0, path) for path in in_block), last, self.final_norm)
+        return (
+            self.embed,
+            *(self.block(0, path) for path in in_block),
+            last,
+            self.final_norm,
+            self.unembedding,
+        )
 
 
 def gpt2(config: PretrainedConfig) -> Architecture | None:
@@ -127,6 +143,8 @@ def gpt2(config: PretrainedConfig) -> Architecture | None:
         output_projection="attn.c_proj",
         mlp_norm="ln_2",
         mlp="mlp",
+        mlp_output_projection="mlp.c_proj",
+        d_mlp=config.n_inner or 4 * d_model,
     )
 
 

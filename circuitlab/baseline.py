@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from circuitlab.ablation import choose_batch_size
 from circuitlab.errors import NumericsError, TaskError
+from circuitlab.memory import choose_batch_size
 from circuitlab.model import TracedModel
 from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask

@@ -8,12 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import circuitlab
 from circuitlab import baseline, progress
+from circuitlab.checkpoint import StateFile, digest, opened
 from circuitlab.errors import CircuitLabError, GraphError, OptionError, PluginError, TaskError
 from circuitlab.graph import EDGE_SCORE, CircuitGraph, effect_name
 from circuitlab.loading import Source, load_model
@@ -23,6 +25,12 @@ from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry, describe
 if TYPE_CHECKING:
     from circuitlab.model import TracedModel
     from circuitlab.tasks import Align, Task
+
+#: Parts of the provenance that a run's numbers depend on; those of the model's shape follow.
+_SETTINGS = (
+    "analysis", "plugin", "model", "model_revision", "task", "task_digest", "metric", "n_pairs",
+    "seed", "dtype", "device",
+)  # fmt: skip
 
 
 def build_circuit(
@@ -36,6 +44,7 @@ def build_circuit(
     allow_weak: bool = False,
     annotate: Sequence[str] = (),
     seed: int = 0,
+    resume: Path | str | StateFile | None = None,
     registry: Registry | None = None,
     **options: Any,
 ) -> CircuitGraph:
@@ -51,10 +60,14 @@ def build_circuit(
         allow_weak: Go on when the effect to explain is within its own noise.
         annotate: Plugins that may annotate the finished circuit.
         seed: For whatever the analysis draws at random.
+        resume: File in which the analysis keeps what it has so far; where an interrupted run left
+            one, this run goes on from it. It is removed at the end.
         registry: Plugins to use; by default all installed ones.
         **options: Options of the analysis.
 
     Raises:
+        TaskError: ``resume`` is no state of a run, or that of a run with other settings.
+        OptionError: another process uses ``resume``.
         CircuitLabError: the subclass says what was wrong, the message who, what and what to do.
     """
     started = time.time()
@@ -62,32 +75,35 @@ def build_circuit(
     chosen = registry.analysis(analysis)
     registry.check_annotators(annotate)
     check_values(chosen.options, options, f"analysis {analysis!r}")
-    traced = load_model(model, registry=registry)
-    named = find_task(traced, task, registry)
-    named = replace(named, metric=metric or named.metric, align=align or named.align)
-    if n_pairs is not None:
-        named = named.take(n_pairs)
-    pairs = traced.encode(named)
-    measured = baseline.measure(traced, pairs)
-    warnings = [
-        *pairs.warnings,
-        *baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed),
-    ]
-    progress.tell(warnings)
-    # The caller's own random numbers go on as if nothing had been drawn here.
-    with torch.random.fork_rng([traced.device] if traced.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        circuit = _run(chosen, traced, named, options)
-    progress.tell(circuit.graph.get("warnings", ()))
-    if annotate:
-        registry.annotate(annotate, circuit, traced, named)
-        _validate(circuit, f"--annotate {', '.join(annotate)}")
-    _stamp(circuit, traced, named, chosen, options, seed=seed, pairs=len(pairs))
+    with opened(resume) as state:
+        traced = load_model(model, registry=registry)
+        named = find_task(traced, task, registry)
+        named = replace(named, metric=metric or named.metric, align=align or named.align)
+        if n_pairs is not None:
+            named = named.take(n_pairs)
+        pairs = traced.encode(named)
+        measured = baseline.measure(traced, pairs)
+        warnings = [
+            *pairs.warnings,
+            *baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed),
+        ]
+        progress.tell(warnings)
+        origin = _provenance(traced, named, chosen, options, seed=seed, pairs=len(pairs))
+        settings = _settings(origin, traced, named, registry) if state.path else {}
+        with state.used(settings, traced.device):
+            circuit = _run(chosen, traced, named, options, seed)
+        circuit.graph["warnings"] = [*circuit.graph.get("warnings", ()), *_stateless(chosen, state)]
+        progress.tell(circuit.graph["warnings"])
+        if annotate:
+            registry.annotate(annotate, circuit, traced, named)
+            _validate(circuit, f"--annotate {', '.join(annotate)}")
+    for key, value in origin.items():
+        circuit.graph.setdefault(key, value)
     circuit.graph["baseline"] = measured.to_json(seed)
     if measured.weak(seed):
         _mark_weak(circuit)
-    circuit.graph["warnings"] = [*warnings, *circuit.graph.get("warnings", ())]
-    circuit.graph["seconds"] = round(time.time() - started, 3)
+    circuit.graph["warnings"] = [*warnings, *circuit.graph["warnings"]]
+    circuit.graph["seconds"] = round(time.time() - started + state.seconds, 3)
     return circuit
 
 
@@ -110,12 +126,15 @@ def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -
 
 
 def _run(
-    analysis: Analysis, model: TracedModel, task: Task, options: dict[str, Any]
+    analysis: Analysis, model: TracedModel, task: Task, options: dict[str, Any], seed: int
 ) -> CircuitGraph:
     """The analysis's circuit; what a plugin does wrong becomes a PluginError that names it."""
     owner = f"analysis {analysis.name!r} of plugin {analysis.plugin!r}"
     try:
-        circuit = analysis.function(model, task, **options)
+        # The caller's own random numbers go on as if nothing had been drawn here.
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            circuit = analysis.function(model, task, **options)
     except GraphError as error:
         # The graph is the plugin's own work, whoever noticed.
         raise PluginError(f"{owner} made a bad circuit: {error}") from error
@@ -171,8 +190,7 @@ def _mark_weak(circuit: CircuitGraph) -> None:
     circuit.graph["verdict_reason"] = f"{reason}; {earlier}" if earlier else reason
 
 
-def _stamp(
-    circuit: CircuitGraph,
+def _provenance(
     model: TracedModel,
     task: Task,
     analysis: Analysis,
@@ -180,10 +198,10 @@ def _stamp(
     *,
     seed: int,
     pairs: int,
-) -> None:
-    """Write where the circuit came from; what the analysis wrote itself stays."""
+) -> dict[str, Any]:
+    """Where a circuit comes from; what the analysis writes itself under these names stays."""
     given = {option.name: options.get(option.name, option.default) for option in analysis.options}
-    provenance = {
+    return {
         "score": EDGE_SCORE,
         "analysis": analysis.name,
         "plugin": analysis.plugin,
@@ -208,8 +226,33 @@ def _stamp(
             **{name: version(name) for name in ("torch", "transformers", "nnsight", "networkx")},
         },
     }
-    for key, value in provenance.items():
-        circuit.graph.setdefault(key, value)
+
+
+def _settings(
+    origin: dict[str, Any], model: TracedModel, task: Task, registry: Registry
+) -> dict[str, Any]:
+    """What the numbers of a run depend on: only a run of the same may go on from its state."""
+    named = {name: origin[name] for name in _SETTINGS}
+    plugin = registry.plugins[origin["plugin"]]
+    return {
+        **named,
+        **{f"option {name}": value for name, value in origin["options"].items()},
+        "align": task.align,
+        # A folder, or a module in memory, may hold other weights under the same name.
+        "weights": digest(model._module.state_dict())[:12],
+        f"version of {plugin.distribution}": plugin.version,
+        **{f"version of {name}": value for name, value in origin["versions"].items()},
+    }
+
+
+def _stateless(analysis: Analysis, state: StateFile) -> list[str]:
+    """A warning where a state was asked for and the analysis has none to give."""
+    if state.path is None or state.stages:
+        return []
+    return [
+        f"analysis {analysis.name!r} keeps no state: nothing was written to {str(state.path)!r}, "
+        f"and an interrupted run of it begins again"
+    ]
 
 
 def _plain(value: Any) -> Any:

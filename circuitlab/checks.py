@@ -15,6 +15,7 @@ from circuitlab.wiring import PORTS
 
 if TYPE_CHECKING:
     from circuitlab.model import TracedModel
+    from circuitlab.run import Run
 
 #: Largest difference, as a multiple of the type's rounding and of the values' size.
 ROUNDINGS = 256
@@ -82,14 +83,20 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
     """Compare the traced model with the plain one, and with its own description.
 
     Checks: the same logits; the sources and constants sum to the residual stream; q, k and v are
-    its projections; heads carry nothing but their values; MLPs read the stream they are said to;
-    writing what was read changes nothing; a padded prompt gives its own logits.
+    its projections; heads carry nothing but their values; MLPs read the stream they are said to
+    and write what their hidden layers are projected to; writing what was read changes nothing; nor
+    does leaving out blocks, attention and logits that are not needed; a padded prompt gives its own
+    logits.
 
     Raises:
         QualityError: the description of the model does not fit it, so that it cannot be traced.
     """
     try:
-        return _compare(model, plain)
+        checks = _compare(model, plain)
+        # Where the description is wrong at large, what looks closer fails less clearly.
+        if all(check.passed for check in checks):
+            checks += [*_hidden_layers(model, plain.tokens), _shortened(model, plain)]
+        return checks
     except (torch.OutOfMemoryError, NumericsError):
         raise
     except Exception as error:  # modules that are not what they are said to be fail in every way
@@ -107,9 +114,6 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     streams = [Site(k, n) for n in layers for k in ("resid_pre", "mlp_in")]
     last = Site("resid_post", model.n_layers - 1)
     run = model.run(plain.tokens, read=[*model.source_sites, *streams, *sites, last], logits="all")
-    heads = [Site("z", n) for n in layers]
-    valueless = {Site("v", n): torch.zeros((), dtype=model.dtype) for n in layers}
-    mixed = model.run(plain.tokens, read=heads, write=valueless)
     mask = plain.tokens.mask
     written = {site: run[site] for site in (*model.source_sites, *sites)}
     identity = model.run(plain.tokens, write=written, logits="all").logits
@@ -127,12 +131,7 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
             torch.stack([run[site][mask] for site in ports]),
             model,
         ),
-        _check(
-            "heads carry nothing but their values",
-            torch.stack([run[head] - mixed[head] for head in heads])[:, mask],
-            torch.stack([run[head] for head in heads])[:, mask],
-            model,
-        ),
+        _heads_carry_values(model, plain.tokens, run),
         _check(
             "MLPs read the stream they are said to read",
             torch.stack([run[Site("mlp_in", n)] for n in layers])[:, mask],
@@ -142,6 +141,27 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
         _check("writing what was read changes nothing", identity[mask], real, model),
         _check("padding changes nothing", alone[0], plain.logits[1][mask[1]], model),
     ]
+
+
+def _heads_carry_values(model: TracedModel, tokens: Tokens, run: Run) -> Check:
+    """Without values, nothing is left of what the heads write."""
+    heads = [Site("z", n) for n in range(model.n_layers)]
+    without = {Site("v", n): torch.zeros((), dtype=model.dtype) for n in range(model.n_layers)}
+    mixed = model.run(tokens, read=heads, write=without, logits="all")
+    whole = torch.stack([run[head] for head in heads])[:, tokens.mask]
+    rest = torch.stack([mixed[head] for head in heads])[:, tokens.mask]
+    return _check("heads carry nothing but their values", whole - rest, whole, model)
+
+
+def _shortened(model: TracedModel, plain: Probe) -> Check:
+    """Leaving out blocks, an attention and all logits but two gives these two."""
+    sites = [Site(kind, model.n_layers - 1) for kind in ("resid_pre", "attn_out")]
+    run = model.run(plain.tokens, read=sites)
+    given = {site: run[site] for site in sites}
+    tokens = torch.arange(min(2, model.vocab_size), device=model.device)
+    short = model.run(plain.tokens, write=given, vocabulary=tokens).logits[:, -1]
+    name = "leaving out what is not needed changes nothing"
+    return _check(name, short, plain.logits[:, -1, tokens], model)
 
 
 def require(model: TracedModel, checks: list[Check]) -> None:
@@ -167,6 +187,21 @@ def _summed(model: TracedModel, run: Any) -> Tensor:
     for layer in range(model.n_layers):
         total += model.attention_bias(layer)
     return total
+
+
+def _hidden_layers(model: TracedModel, tokens: Tokens) -> list[Check]:
+    """What MLPs write is their hidden layers times their output projections, and a constant."""
+    if not model.architecture.mlp_output_projection:
+        return []
+    layers = range(model.n_layers)
+    sites = [Site(k, n) for k in ("mlp_post", "mlp_out") for n in layers]
+    run = model.run(tokens, read=sites, logits="all")
+    weights = [next(model.reading_weights(Site("mlp_post", n))) for n in layers]
+    hidden = [run[Site("mlp_post", n)][tokens.mask].double() for n in layers]
+    written = torch.stack([run[Site("mlp_out", n)] for n in layers])[:, tokens.mask].double()
+    expected = torch.stack([value @ weight for value, weight in zip(hidden, weights, strict=True)])
+    name = "MLPs write what their hidden layers are projected to"
+    return [_check(name, written - written[:, :1], expected - expected[:, :1], model)]
 
 
 def _heard(model: TracedModel, run: Any, layer: int) -> Tensor:

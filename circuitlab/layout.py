@@ -7,15 +7,13 @@ out by Graphviz (see ``render``); :func:`grid` places all others, layer by compo
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-from circuitlab.graph import CircuitGraph, effect_name
-from circuitlab.labels import clip, visible
-from circuitlab.scene import Box, Curve, Point, Text, arrow_length, text_width
+from circuitlab.components import Component, Effect, draw_component, draw_effect, number
+from circuitlab.graph import CircuitGraph
+from circuitlab.scene import Box, Curve, Point, Text, arrow_length
 
 #: Effects a picture shows unless it is told otherwise: more cannot be told apart.
 MAX_EDGES = 300
@@ -28,60 +26,8 @@ MAX_NUMBERED = 16
 HELPS, HURTS = "#0072B2", "#D55E00"
 #: The same, greyed, for a circuit that its own check did not establish.
 FAINT_HELPS, FAINT_HURTS = "#7F97A6", "#B09384"
-
-_NAME_SIZE, _ROLE_SIZE, _PORT_SIZE = 11.0, 8.0, 8.0
-_PORT_ORDER = {"q": 0, "k": 1, "v": 2}
-#: Fill, border, text, corner radius of each kind of component; every other kind is drawn dashed.
-_STYLES = {
-    "input": ("#3B3B3B", "#3B3B3B", "#FFFFFF", 9.0),
-    "logits": ("#3B3B3B", "#3B3B3B", "#FFFFFF", 9.0),
-    "head": ("#FFFFFF", "#444444", "#111111", 5.0),
-    "mlp": ("#E6E6E6", "#444444", "#111111", 0.0),
-}
-_OTHER_STYLE = ("#FFFFFF", "#888888", "#111111", 0.0)
-
-
-class Effect(NamedTuple):
-    """One effect as a picture shows it; ``strength`` is |score| over the largest one, 0 to 1."""
-
-    source: str
-    target: str
-    port: str
-    score: float
-    strength: float
-    tooltip: str
-
-
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One component as a picture shows it; sizes in points."""
-
-    name: str
-    kind: str
-    rank: tuple[int, int]
-    column: tuple[int, str]
-    label: str
-    role: str
-    ports: tuple[str, ...]
-    width: float
-    height: float
-    tooltip: str
-
-    @property
-    def style(self) -> tuple[str, str, str, float]:
-        """Fill, border and text colour, and the corner radius in points."""
-        return _STYLES.get(self.kind, _OTHER_STYLE)
-
-    @property
-    def known(self) -> bool:
-        """Whether the kind is one of the core's own."""
-        return self.kind in _STYLES
-
-    def foot(self, port: str) -> float:
-        """Where along its lower side the port lies, in points right of the middle."""
-        if port not in self.ports:
-            return 0.0
-        return ((self.ports.index(port) + 0.5) / len(self.ports) - 0.5) * self.width
+#: An effect of exactly 0 neither helps nor hurts.
+NEUTRAL = "#888888"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +62,7 @@ class Selection:
 
     def ranks(self) -> list[list[Component]]:
         """Components that stand on one line, from the input upwards."""
-        ranks: dict[tuple[int, int], list[Component]] = {}
+        ranks: dict[tuple[int, ...], list[Component]] = {}
         for component in self.components.values():
             ranks.setdefault(component.rank, []).append(component)
         return [ranks[rank] for rank in sorted(ranks)]
@@ -142,30 +88,36 @@ class Places:
 def select(circuit: CircuitGraph, max_edges: int = MAX_EDGES) -> Selection:
     """The ``max_edges`` strongest effects and their components, ties by name.
 
-    Effects whose data say ``kept=False`` were measured but are not part of the circuit.
+    Effects whose data say ``kept=False`` were measured but are not part of the circuit; those with
+    a ``gate`` are told by that gate.
 
     Raises:
         GraphError: the circuit is not well formed.
     """
     circuit.validate()
     edges = circuit.edges
-    ordered = [e for e in circuit.effects() if edges[e[:3]].get("kept", True)]
-    kept = ordered[: max(max_edges, 0)]
+    ordered = [
+        effect
+        for effect in circuit.effects()
+        if edges[effect[:3]].get("kept", True) and edges[effect[:3]].get("gate") not in circuit
+    ]
+    kept = _with_whole_gates(circuit, ordered, max(max_edges, 0))
     names = {end for source, target, *_ in kept for end in (source, target)}
     if len(kept) == circuit.number_of_edges() and len(circuit) <= MAX_DOT_NODES:
         names = set(circuit)
     largest = max((abs(score) for *_, score in kept), default=0.0) or 1.0
     effects = [
-        Effect(s, t, p, score, abs(score) / largest, f"{effect_name(s, t, p)}  {number(score)}")
-        for s, t, p, score in reversed(kept)
+        draw_effect(effect, abs(effect[3]) / largest, edges[effect[:3]].get("redundant") is True)
+        for effect in reversed(kept)
     ]
     ports: dict[str, set[str]] = {}
     for effect in effects:
         if effect.port:
             ports.setdefault(effect.target, set()).add(effect.port)
-    top = max((_layer(data) for _, data in circuit.nodes(data=True)), default=0)
     ends = Counter(end for effect in effects for end in (effect.source, effect.target))
-    components = [_component(n, circuit.nodes[n], ports.get(n, set()), top, ends[n]) for n in names]
+    components = [
+        draw_component(circuit, name, names, ports.get(name, set()), ends[name]) for name in names
+    ]
     components.sort(key=lambda c: (c.rank, c.column))
     sizes = [abs(effect.score) for effect in effects]
     return Selection(
@@ -178,16 +130,13 @@ def select(circuit: CircuitGraph, max_edges: int = MAX_EDGES) -> Selection:
     )
 
 
-def number(score: float) -> str:
-    """A score for people: signed, two significant figures, a true minus sign."""
-    if score == 0:
-        return "0"
-    if not 1e-3 <= abs(score) < 1e5:
-        text = f"{score:+.1e}"
-    else:
-        digits = max(0, 1 - math.floor(math.log10(abs(score))))
-        text = f"{score:+.{digits}f}"
-    return text.replace("-", "−")
+def _with_whole_gates(
+    circuit: CircuitGraph, ordered: list[tuple[str, str, str, float]], n: int
+) -> list[tuple[str, str, str, float]]:
+    """The first ``n`` effects, and all of each gate that they touch: half a gate would be false."""
+    first = ordered[:n]
+    gates = {e for effect in first for e in effect[:2] if circuit.nodes[e].get("kind") == "gate"}
+    return first + [e for e in ordered[n:] if gates.intersection(e[:2])]
 
 
 def line_width(strength: float) -> float:
@@ -197,6 +146,8 @@ def line_width(strength: float) -> float:
 
 def colour(score: float, established: bool = True) -> str:
     """Colour of a score's sign."""
+    if score == 0:
+        return NEUTRAL
     if established:
         return HELPS if score < 0 else HURTS
     return FAINT_HELPS if score < 0 else FAINT_HURTS
@@ -219,7 +170,7 @@ def curves(selection: Selection, places: Places) -> list[Curve]:
             line_width(effect.strength),
             opacity=1.0 - fade * (1.0 - effect.strength),
             tip=tip,
-            dashed=not selection.established,
+            dashed=not selection.established or effect.redundant,
             tooltip=effect.tooltip,
         )
         for effect, points, tip in zip(selection.effects, places.curves, places.tips, strict=True)
@@ -238,29 +189,131 @@ def numbers(selection: Selection, places: Places) -> list[Text]:
 
 
 def grid(selection: Selection) -> Places:
-    """Places computed here: one row per layer, one column per head, MLPs in their own column."""
+    """Places computed here: one row per layer, one column per head, MLPs in their own column.
+
+    Components that have a token position stand in the columns of that position. Gates stand above
+    their members, on a row of their own.
+    """
     components = selection.components.values()
-    columns = sorted({c.column for c in components if not _is_end(c)})
+    slots = _slots(selection)
+    columns = sorted(set(slots.values()))
     pitch = max((c.width for c in components), default=50.0) + 22.0
     across = {column: index * pitch for index, column in enumerate(columns)}
     middle = max(across.values(), default=0.0) / 2
-    layers = sorted({c.rank[0] for c in components if not _is_end(c)})
-    rise = max((c.height for c in components), default=24.0) + 46.0
-    # The MLP reads the heads of its own layer: it stands above them, in a column of its own.
-    heights = {
-        c.rank: rise * (layers.index(c.rank[0]) + 0.5 * c.rank[1])
-        for c in components
-        if not _is_end(c)
-    }
-    floor, ceiling = min(heights.values(), default=0.0), max(heights.values(), default=0.0)
-    for component in components:
-        if _is_end(component):
-            heights[component.rank] = floor - 58 if component.kind == "input" else ceiling + 58
-    nodes = {
-        c.name: (middle if _is_end(c) else across[c.column], heights[c.rank]) for c in components
-    }
+    heights = _heights(selection)
+    nodes: dict[str, Point] = {}
+    for row in selection.ranks():
+        right = -math.inf
+        for c, x in _wished(selection, row, nodes) if row[0].symbol else ():
+            right = max(x, right + pitch)
+            nodes[c.name] = right, heights[c.rank]
+        for c in row:
+            x = middle if c.is_end else across.get(slots.get(c.name, (0, 0, "")), middle)
+            nodes.setdefault(c.name, (x, heights[c.rank]))
     paths = [_path(selection, nodes, effect) for effect in selection.effects]
     return Places(nodes, tuple(p for p, _ in paths), tuple(t for _, t in paths), {})
+
+
+def _slots(selection: Selection) -> dict[str, tuple[int, int, str]]:
+    """The column of each component; what shares rank and token position stands side by side."""
+    slots: dict[str, tuple[int, int, str]] = {}
+    taken: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for c in selection.components.values():
+        if c.symbol or c.is_end:
+            continue
+        slots[c.name] = c.column
+        if c.positional:
+            slots[c.name] = (c.column[0], taken[c.rank, c.column[0]], "")
+            taken[c.rank, c.column[0]] += 1
+    return slots
+
+
+def _heights(selection: Selection) -> dict[tuple[int, ...], float]:
+    components = selection.components.values()
+    inner = [row[0].rank for row in selection.ranks() if not row[0].is_end]
+    layers = sorted({rank[0] for rank in inner})
+    rise = max((c.height for c in components), default=24.0) + 46.0
+    heights: dict[tuple[int, ...], float] = {}
+    height = 0.0
+    for before, rank in zip([None, *inner], inner, strict=False):
+        # The MLP reads the heads of its own layer: it stands above them, in a column of its own.
+        half = 0.5 * rise * (len(rank) == 2 and rank[1] == 1)
+        if before is None:
+            height = half
+        elif {before[1:], rank[1:]} <= {(0,), (1,)}:
+            steps = layers.index(rank[0]) - layers.index(before[0])
+            height += rise * (steps + 0.5 * (rank[1] - before[1]))
+        else:
+            height += 0.75 * rise
+        heights[rank] = height
+    floor, ceiling = min(heights.values(), default=0.0), max(heights.values(), default=0.0)
+    for c in components:
+        if c.is_end:
+            heights[c.rank] = floor - 58 if c.kind == "input" else ceiling + 58
+    return heights
+
+
+def _wished(
+    selection: Selection, gates: list[Component], nodes: Mapping[str, Point]
+) -> list[tuple[Component, float]]:
+    """Gates over the middle of their members, from left to right."""
+    members: dict[str, list[float]] = {gate.name: [] for gate in gates}
+    for effect in selection.effects:
+        if effect.target in members and effect.source in nodes:
+            members[effect.target].append(nodes[effect.source][0])
+    wished = [(c, sum(members[c.name]) / max(1, len(members[c.name]))) for c in gates]
+    return sorted(wished, key=lambda pair: (pair[1], pair[0].name))
+
+
+def at_gates(selection: Selection, places: Places) -> Places:
+    """The same places, but inputs of gates enter side by side, from below, at the symbol's edge."""
+    entering: dict[str, list[int]] = {}
+    for index, effect in enumerate(selection.effects):
+        if selection.components[effect.target].symbol:
+            entering.setdefault(effect.target, []).append(index)
+    curves, tips, written = list(places.curves), list(places.tips), dict(places.numbers)
+    for name, indices in entering.items():
+        symbol = selection.components[name].symbol
+        assert symbol is not None
+        for index in indices:
+            source = selection.effects[index].source
+            floor = places.nodes[source][1] - selection.components[source].height / 2
+            if min(y for _, y in curves[index]) < floor:
+                # Graphviz sometimes leads an input around below its own row.
+                curves[index], _ = _path(selection, places.nodes, selection.effects[index])
+        x, y = places.nodes[name]
+        indices.sort(key=lambda i: (curves[i][-4][0], i))
+        for index, (dx, dy) in zip(indices, symbol.feet(len(indices)), strict=True):
+            tips[index] = x + dx, y + dy
+            below = y + dy - arrow_length(line_width(selection.effects[index].strength))
+            curves[index] = _from_below(curves[index], (x + dx, below))
+            if index in written and written[index][1] > curves[index][-4][1]:
+                written[index] = _beside(curves[index][-4:], -1 if dx < 0 else 1)
+    return Places(places.nodes, tuple(curves), tuple(tips), written)
+
+
+def _beside(segment: tuple[Point, ...], side: int) -> Point:
+    """Where a score is written beside a Bezier segment: outwards, so that inputs stay clear."""
+    parts = (0.216, 0.432, 0.288, 0.064)  # the Bernstein polynomials at 0.4
+    x, y = (sum(w * p[axis] for w, p in zip(parts, segment, strict=True)) for axis in (0, 1))
+    (x1, y1), (x2, y2) = segment[0], segment[3]
+    length = math.dist((x1, y1), (x2, y2)) or 1.0
+    across, up = side * (y2 - y1) / length, side * (x1 - x2) / length
+    clear = 6.0 + 12.0 * abs(across)
+    return x + clear * across, y + clear * up
+
+
+def _from_below(points: tuple[Point, ...], end: Point) -> tuple[Point, ...]:
+    """The same curve, bent so that it arrives at ``end`` from straight below, without a kink."""
+    # Enough of the old curve's end goes that the new one has room to turn.
+    kept = max((i for i in range(0, len(points) - 3, 3) if points[i][1] < end[1] - 24), default=0)
+    (x, y), (nearby_x, nearby_y) = points[kept], points[kept + 1]
+    reach = 0.4 * math.dist((x, y), end)
+    stretch = reach / (math.dist((x, y), (nearby_x, nearby_y)) or 1.0)
+    leaving = x + stretch * (nearby_x - x), y + stretch * (nearby_y - y)
+    # Never lower than where it comes from, or it would lead around its own source.
+    below = max(8.0, min(reach, 0.8 * (end[1] - y)))
+    return (*points[: kept + 1], leaving, (end[0], end[1] - below), end)
 
 
 def _path(
@@ -280,52 +333,10 @@ def _path(
 
 def _box(component: Component, place: Point) -> Box:
     x, y = place
-    fill, stroke, ink, radius = component.style
-    top = y + component.height / 2
-    texts = [Text(x, top - 12, component.label, _NAME_SIZE, ink)]
-    if component.role:
-        texts.append(Text(x, top - 23.5, component.role, _ROLE_SIZE, "#666666"))
-    foot = y - component.height / 2 + 6
-    texts += [
-        Text(x + component.foot(port), foot, clip(visible(port), 4), _PORT_SIZE, "#777777")
-        for port in component.ports
-    ]
+    fill, stroke, _, radius = component.style
     return Box(
         x, y, component.width, component.height, fill, stroke, radius,
-        dashed=not component.known, tooltip=component.tooltip, texts=tuple(texts),
+        dashed=not component.known, tooltip=component.tooltip,
+        texts=component.texts(x, y),
+        outlines=component.symbol.outlines if component.symbol else (),
     )  # fmt: skip
-
-
-def _component(
-    name: str, data: Mapping[str, Any], ports: set[str], top: int, n_effects: int
-) -> Component:
-    kind = str(data.get("kind", ""))
-    full = visible(str(name))
-    note = visible(str(data.get("role") or data.get("label") or ""))
-    label, role = clip(full, 22), clip(note, 26)
-    ordered = tuple(sorted(ports, key=lambda p: (_PORT_ORDER.get(p, 3), p)))
-    width = max(
-        text_width(label, _NAME_SIZE) + 14, text_width(role, _ROLE_SIZE) + 12,
-        13.0 * len(ordered), 44.0,
-    )  # fmt: skip
-    if kind in ("input", "logits"):
-        width = max(width, min(40.0 + 9.0 * n_effects, 130.0))
-    height = 24.0 + (11.0 if role else 0.0) + (8.0 if ordered else 0.0)
-    rank = {"input": (-1, 0), "logits": (top + 1, 0)}.get(
-        kind, (_layer(data), 0 if kind == "head" else 1)
-    )
-    head = re.search(r"h(\d+)$", str(name))
-    column = (int(head[1]) if head else 1 << 30, "" if kind in ("mlp", "head") else str(name))
-    tooltip = f"{full}: {note}" if note else full
-    return Component(
-        str(name), kind, rank, column, label, role, ordered, round(width), height, tooltip
-    )
-
-
-def _layer(data: Mapping[str, Any]) -> int:
-    layer = data.get("layer", 0)
-    return layer if isinstance(layer, int) else 0
-
-
-def _is_end(component: Component) -> bool:
-    return component.kind in ("input", "logits")

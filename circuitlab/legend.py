@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from circuitlab.components import number
 from circuitlab.errors import GraphError
 from circuitlab.graph import EDGE_SCORE, CircuitGraph
 from circuitlab.labels import clip, visible
@@ -19,10 +21,10 @@ from circuitlab.layout import (
     colour,
     curves,
     line_width,
-    number,
     numbers,
 )
 from circuitlab.scene import Box, Curve, Point, Scene, Text, text_width
+from circuitlab.symbols import SYMBOLS, Outline
 from circuitlab.wiring import Wiring
 
 _MARGIN = 12.0
@@ -75,14 +77,18 @@ def caption(circuit: CircuitGraph, selection: Selection) -> list[str]:
     first = " · ".join(word for word in words if word)
     shown, whole = len(selection.effects), selection.n_effects
     total = n_edges(circuit)
+    noun = "edge" + "s" * (shown != 1)
+    if any(c.symbol for c in selection.components.values()) or _totals(circuit):
+        # An arrow to a gate is no edge of the model, nor is one that stands for all paths.
+        noun, total = noun.replace("edge", "effect"), None
     if shown < whole:
-        second = f"showing the strongest {shown:,} of {whole:,} edges"
+        second = f"showing the strongest {shown:,} of {whole:,} {noun}"
         second += f" (the model has {total:,})" if total is not None and total > whole else ""
         second += "; equal scores by name" if selection.tied else ""
     elif total is not None and total > shown:
         second = f"showing {shown:,} of {total:,} edges"
     else:
-        second = f"showing all {shown:,} edges" if shown != 1 else "showing 1 edge"
+        second = f"showing all {shown:,} {noun}" if shown != 1 else f"showing 1 {noun}"
     score = graph.get("score")
     third = f"score: {_word(score, 200)}" if score and not _helps(circuit) else ""
     return [line for line in (first, second, third) if line]
@@ -114,6 +120,21 @@ def n_edges(circuit: CircuitGraph) -> int | None:
     return wiring.n_edges
 
 
+def meanings(selection: Selection) -> list[str]:
+    """What each type of gate means, and a redundant effect: those that the picture shows."""
+    types = {c.label.upper() for c in selection.components.values() if c.symbol}
+    words = [f"{name}: {s.meaning}" for name, s in SYMBOLS.items() if name in types]
+    if any(c.symbol and c.symbol.figure and c.role for c in selection.components.values()):
+        words.append("number in a gate: interaction of its members")
+    if any(effect.redundant for effect in selection.effects):
+        words.append("dashed: redundant, others can stand in")
+    return words
+
+
+def _totals(circuit: CircuitGraph) -> bool:
+    return any(data.get("kind") == "total" for *_, data in circuit.edges(data=True))
+
+
 def sign_words(circuit: CircuitGraph) -> tuple[str, str]:
     """What a negative and a positive score mean."""
     if _helps(circuit):
@@ -124,7 +145,7 @@ def sign_words(circuit: CircuitGraph) -> tuple[str, str]:
 def _helps(circuit: CircuitGraph) -> bool:
     """Whether a negative score means that the edge helps, as it does unless a plugin says else."""
     score = str(circuit.graph.get("score", EDGE_SCORE))
-    return "negative = the edge helps" in score or "negative helps" in score
+    return re.search(r"negative (= )?(the edge |it )?helps", score) is not None
 
 
 def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
@@ -133,7 +154,7 @@ def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
     dashed = not selection.established
     items: list[_Item] = []
     for sign, words in zip((-1.0, 1.0), sign_words(circuit), strict=True):
-        if any((effect.score < 0) == (sign < 0) for effect in selection.effects):
+        if any(effect.score * sign > 0 for effect in selection.effects):
             line = _sample(0.0, 2.2, colour(sign, selection.established), dashed)
             items.append((_SAMPLE + 5 + _wide(words), [line], [_words(_SAMPLE + 5, words)]))
     low, high = selection.scores
@@ -148,6 +169,14 @@ def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
     if ports & {"q", "k", "v"}:
         words = "q, k, v: read as query, key, value"
         items.append((_wide(words), [], [_words(0, words)]))
+    for words in meanings(selection):
+        symbol = SYMBOLS.get(words.partition(":")[0])
+        x, lines = 0.0, []
+        if symbol:
+            x, lines = 17.0, [_miniature(outline) for outline in symbol.outlines]
+        elif words.startswith("dashed"):
+            x, lines = _SAMPLE + 5, [_sample(0.0, 1.6, "#555555", dashed=True)]
+        items.append((x + _wide(words), lines, [_words(x, words)]))
     return items
 
 
@@ -205,6 +234,10 @@ def _sample(x: float, width: float, shade: str, dashed: bool) -> Curve:
     third = _SAMPLE / 3
     points = tuple((x + step * third, 0.0) for step in range(4))
     return Curve(points, shade, width, dashed=dashed)
+
+
+def _miniature(outline: Outline) -> Curve:
+    return Curve(tuple((6 + 0.24 * x, 0.24 * y) for x, y in outline), "#555555", 0.9)
 
 
 def _extent(

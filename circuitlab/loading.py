@@ -295,6 +295,8 @@ def _tokenizer(
 def _refusal(source: str, local: bool, error: BaseException) -> ModelError:
     """One clear line for whatever the loader raised; a token is never part of it."""
     names = {type(e).__name__ for e in _chain(error)}
+    responses = [getattr(e, "response", None) for e in _chain(error)]
+    statuses = {getattr(response, "status_code", None) for response in responses}
     text = " ".join(str(e) for e in _chain(error))
     if "trust_remote_code" in text:
         return ModelError(
@@ -306,15 +308,17 @@ def _refusal(source: str, local: bool, error: BaseException) -> ModelError:
         if "SafetensorError" in names or "header" in text.lower():
             cause = f"the safetensors file is truncated or damaged ({describe(error)})"
         return ModelError(f"model folder {source!r} cannot be loaded: {cause}")
-    if "GatedRepoError" in names or "401" in text or "403" in text:
+    refused_by_hub = {401, 403} & statuses and "RepositoryNotFoundError" not in names
+    if "GatedRepoError" in names or refused_by_hub:
         return ModelError(
             f"model {source!r} is gated or private: accept its terms on its page, then log in with "
             f"`hf auth login` or set HF_TOKEN"
         )
-    if {"RepositoryNotFoundError", "HFValidationError"} & names or "404" in text:
+    if {"RepositoryNotFoundError", "HFValidationError"} & names or 404 in statuses:
         return ModelError(
             f"model {source!r} is not bundled ({', '.join(zoo.MODELS)}), is not a folder here, and "
-            f"the hub has no such repository"
+            f"the hub has no such repository, or it is private: then log in with `hf auth login` "
+            f"or set HF_TOKEN"
         )
     return ModelError(
         f"model {source!r} is not bundled ({', '.join(zoo.MODELS)}), is not a folder here, and the "

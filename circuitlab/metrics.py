@@ -34,12 +34,14 @@ class Metric:
             The reference is what the clean prompt gives; only some metrics look at it.
         description: What it measures and its unit, in a few words.
         needs_wrong: Whether every pair must name a wrong answer.
+        answers_only: Whether it looks at no logits but those of right and wrong answers.
     """
 
     name: str
     function: Callable[[Tensor, Answers, Tensor], Tensor]
     description: str
     needs_wrong: bool = False
+    answers_only: bool = False
 
     def __call__(self, logits: Tensor, answers: Answers, reference: Tensor) -> Tensor:
         """The metric of each prompt, ``[batch]``, in at least float32."""
@@ -87,6 +89,7 @@ METRICS = {
             logit_difference,
             "right minus wrong answer, logits",
             needs_wrong=True,
+            answers_only=True,
         ),
         Metric("answer-log-prob", answer_log_prob, "log-probability of the answer, nats"),
         Metric("kl-divergence", kl_divergence, "minus KL(clean ‖ run), nats"),

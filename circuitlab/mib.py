@@ -30,8 +30,9 @@ def mib_document(circuit: CircuitGraph) -> dict[str, Any]:
 
     ``in_graph`` of an edge is its data ``kept``, true where there is none, and false for every edge
     of a circuit that is not established; a node is in the graph when such an edge begins or ends
-    there. Provenance goes under a fourth key, ``circuitlab``, that
-    other readers pass over.
+    there. Gates, and effects of a ``kind`` of their own, such as total effects, are no edges of the
+    model and are left out; a node's score stays. Provenance goes under a fourth key,
+    ``circuitlab``, that other readers pass over.
 
     Raises:
         GraphError: the circuit does not say the sizes of its model, or has components other than
@@ -43,11 +44,21 @@ def mib_document(circuit: CircuitGraph) -> dict[str, Any]:
     found = circuit.graph.get("verdict") != "not established"
     edges, used = {}, set()
     for source, target, port, data in circuit.edges(keys=True, data=True):
+        if data.get("kind") is not None or _is_gate(circuit, source) or _is_gate(circuit, target):
+            continue
         kept = found and bool(data.get("kept", True))
         _check_edge(wiring, source, target, port)
         name = f"{source}->{target}" + (f"<{port}>" if port else "")
         edges[name] = {"score": float(data["score"]), "in_graph": kept}
         used |= {source, target} if kept else set()
+    scored = any(
+        "score" in data for name, data in circuit.nodes(data=True) if name in wiring.source_rows
+    )
+    if circuit.number_of_edges() and not edges and not scored:
+        raise GraphError(
+            "the circuit has no edge and no scored component of the model, only effects of a kind "
+            "of their own; EAP-IG circuit JSON cannot hold them: write a .json"
+        )
     nodes: dict[str, dict[str, float]] = {}
     for name in (*wiring.sources, "logits"):
         nodes[name] = {"in_graph": name in used}
@@ -65,6 +76,10 @@ def mib_document(circuit: CircuitGraph) -> dict[str, Any]:
         "edges": edges,
         "circuitlab": dict(circuit.graph),
     }
+
+
+def _is_gate(circuit: CircuitGraph, name: str) -> bool:
+    return bool(circuit.nodes[name].get("kind") == "gate")
 
 
 def parse_mib(document: object) -> CircuitGraph:

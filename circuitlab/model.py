@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuitlab.architectures import Architecture
-from circuitlab.errors import NumericsError, SiteError
-from circuitlab.norms import Readers, pull_back
-from circuitlab.plans import Locator, make_plan
+from circuitlab.errors import GraphError, NumericsError, SiteError
+from circuitlab.norms import pull_back
+from circuitlab.plans import Ending, Locator, make_plan
 from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
 from circuitlab.run import Run
 from circuitlab.sites import Site
 from circuitlab.tracing import Tracer
+from circuitlab.weights import Weights
 from circuitlab.wiring import PORTS
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class TracedModel:
         self._module = module
         self._locator = Locator(architecture)
         self._tracer = Tracer(module)
+        self._weights = Weights(module, self._locator)
 
     def __repr__(self) -> str:
         return (
@@ -147,21 +149,24 @@ class TracedModel:
         write: Mapping[Site, Tensor] | None = None,
         gradient_of: Callable[[Tensor], Tensor] | None = None,
         gradient_at: Iterable[Site] = (),
-        logits: Literal["last", "all"] = "last",
+        logits: Literal["last", "all", "none"] = "last",
+        vocabulary: Tensor | None = None,
     ) -> Run:
         """One forward pass, and a backward one when ``gradient_of`` is given.
 
         Args:
             prompts: Tokens, or prompts to encode.
             read: Sites to keep. A read shows what was written there.
-            write: Replaces sites by tensors that broadcast to the site's shape. Writing a whole
-                ``resid_pre`` skips the blocks before it when nothing there is asked for.
+            write: Replaces sites by tensors that broadcast to the site's shape. A module whose
+                whole output is written is not run when nothing inside it is asked for: writing a
+                ``resid_pre`` skips all blocks before it.
             gradient_of: From the last position's logits ``[batch, vocab]`` to one number per
                 prompt ``[batch]``; prompts do not influence one another, so the gradient of the
                 sum is each prompt's own.
             gradient_at: Sites to differentiate at. At ``mlp_in`` the gradient is the MLP's alone.
                 q, k and v are read too, and the ``resid_pre`` of their layer.
-            logits: Unembed only the last position, or all of them.
+            logits: Unembed only the last position, or all of them, or stop after the last site.
+            vocabulary: Unembed only these tokens, ``[n]``; ``run.logits`` is ``[batch, pos, n]``.
 
         Returns:
             The run; every tensor in it is detached.
@@ -183,11 +188,15 @@ class TracedModel:
         # Differentiation starts at the stream that feeds the first tap.
         start = [Site("resid_pre", taps[0].layer)] if taps and taps[0].layer is not None else []
         written = {
-            site: self._locator.fit(site, tensor, *tokens.ids.shape)
+            site: self._locator.fit(site, tensor.to(self.device, self.dtype), *tokens.ids.shape)
             for site, tensor in (write or {}).items()
         }
-        plan = make_plan(self._locator, kept, written, [*start, *taps])
+        ending = Ending(logits != "all", vocabulary, logits == "none")
+        plan = make_plan(self._locator, kept, written, [*start, *taps], ending)
         done = self._tracer.execute(tokens, plan, keep_all=logits == "all")
+        if logits == "none":
+            none = done.logits[:, :0, :0].detach()
+            return Run(tokens, none, done.read, {}, self._locator)
         if not torch.isfinite(done.logits).all():
             raise self._nonfinite(tokens, done.logits, written)
         gradients = {} if gradient_of is None else done.gradients(gradient_of)
@@ -199,6 +208,20 @@ class TracedModel:
         layers = range(self.n_layers)
         per_layer = [(Site("z", layer), Site("mlp_out", layer)) for layer in layers]
         return (Site("resid_pre", 0), *(site for pair in per_layer for site in pair))
+
+    def joins(self, source: str) -> Site:
+        """Where in the residual stream a source's output first appears.
+
+        Raises:
+            GraphError: the model has no such source.
+        """
+        kind, layer, _ = self.wiring.component(source)
+        if kind == "logits":
+            raise GraphError("component 'logits' writes nothing; it is no source")
+        if kind == "input":
+            return Site("resid_pre", 0)
+        mid = kind == "head" and not self.wiring.parallel
+        return Site("resid_mid" if mid else "resid_post", layer)
 
     @cached_property
     def receiver_sites(self) -> tuple[Site, ...]:
@@ -273,16 +296,7 @@ class TracedModel:
         Raises:
             SiteError: the layer does not exist.
         """
-        site = Site("z" if which == "o" else which, layer)
-        self._locator.check(site)
-        a = self.architecture
-        if which == "o":
-            weight = _input_by_output(self._block_module(layer, a.output_projection))
-            return weight.view(a.n_heads, a.d_head, -1)
-        weight = _input_by_output(self._block_module(layer, a.projection(which).path))
-        columns, step = self._locator.columns(site, 0), a.projection(which).stride
-        part = weight[:, columns.start : columns.start + (a.n_heads - 1) * step + a.d_head]
-        return part.unfold(-1, a.d_head, step).transpose(0, 1)
+        return self._weights.heads(layer, which)
 
     def attention_bias(self, layer: int) -> Tensor:
         """What a layer's attention adds beside its heads, ``[d_model]``; the same for every prompt.
@@ -290,20 +304,36 @@ class TracedModel:
         Raises:
             SiteError: the layer does not exist.
         """
-        self._locator.check(Site("attn_out", layer))
-        projection = self._block_module(layer, self.architecture.output_projection)
-        bias: Any = projection.bias
-        if bias is None:
-            return torch.zeros(self.d_model, dtype=self.dtype, device=self.device)
-        return bias.detach()  # type: ignore[no-any-return]  # nn.Module types no attribute
+        return self._weights.output_bias(layer)
 
-    @torch.no_grad()
-    def projected(self, site: Site, stream: Tensor) -> Tensor:
+    def reading_weights(self, site: Site) -> Iterator[Tensor]:
+        """What reads a site linearly; a direction orthogonal to all of it is seen by nothing.
+
+        Args:
+            site: ``z`` of one head, read by the output projection; ``mlp_post``, read by the MLP's;
+                or ``resid_pre``, ``resid_mid``, ``resid_post``: read by all later heads, MLPs and
+                the unembedding, through norms. The linear part of a norm is folded in, up to a
+                factor. Its division by the stream's size is not: through that alone every
+                direction is felt.
+
+        Yields:
+            ``[width, n]``, float64; row vectors multiply from the left. One tensor for ``z`` and
+            ``mlp_post``: what a change there writes to the stream is the change times it.
+
+        Raises:
+            SiteError: the site is of another kind or does not exist, or the MLPs' own maps are not
+                known.
+        """
+        return self._weights.reading(site)
+
+    def projected(self, site: Site, stream: Tensor, *, per_head: bool = False) -> Tensor:
         """The q, k or v that a layer would compute from another residual stream.
 
         Args:
             site: A whole ``q``, ``k`` or ``v``.
             stream: ``[..., batch, pos, d_model]``; the layer's norm is applied to it here.
+            per_head: Whether each head has a stream of its own: ``[..., n_heads, batch, pos,
+                d_model]``.
 
         Returns:
             ``[..., batch, pos, n_heads, d_head]``.
@@ -311,16 +341,7 @@ class TracedModel:
         Raises:
             SiteError: the site is of another kind or does not exist.
         """
-        if site.kind not in PORTS or site.layer is None:
-            raise SiteError(f"site {site} is not a projection; give q, k or v of a layer")
-        self._locator.check(site)
-        a = self.architecture
-        norm = self._block_module(site.layer, a.attention_norm)
-        projection = self._block_module(site.layer, a.projection(site.kind).path)
-        value = projection(norm(stream.flatten(0, -3)))
-        return self._locator.view(site.whole, value).reshape(
-            *stream.shape[:-1], a.n_heads, a.d_head
-        )
+        return self._weights.projected(site, stream, per_head=per_head)
 
     def _attention_gradients(self, runs: Sequence[Run], layer: int, dtype: torch.dtype) -> Tensor:
         """q, k and v gradients of a layer, carried back through projection and norm."""
@@ -335,29 +356,9 @@ class TracedModel:
         gradients = gathered(lambda run, site: run.gradient(site))
         values = gathered(lambda run, site: run[site])
         streams = torch.stack([run[Site("resid_pre", layer)] for run in runs]).to(dtype)
-        readers = self._readers(layer, dtype)
+        readers = self._weights.readers(layer, dtype)
         gradient = pull_back(readers, streams.flatten(1, 2), values, gradients)
         return gradient.view(-1, batch, pos, self.d_model)
-
-    @torch.no_grad()
-    def _readers(self, layer: int, dtype: torch.dtype) -> Readers:
-        """The q, k and v projections of all heads of a layer, in that order."""
-        a = self.architecture
-        norm = self._block_module(layer, a.attention_norm)
-        shift = getattr(norm, "bias", None)
-        if shift is None:
-            shift = torch.zeros(self.d_model, dtype=self.dtype, device=self.device)
-        at_shift = []
-        for port in PORTS:
-            value = self._block_module(layer, a.projection(port).path)(shift[None, None])
-            at_shift.append(self._locator.view(Site(port, layer), value)[0, 0])
-        # Joined side by side as they are stored, not head by head: long rows copy faster.
-        weights = [self.head_weights(layer, port).transpose(0, 1) for port in PORTS]
-        weight = torch.cat(weights, 1).transpose(0, 1).to(dtype)
-        return Readers(norm, weight, torch.cat(at_shift).to(dtype))
-
-    def _block_module(self, layer: int, path: str) -> nn.Module:
-        return self._module.get_submodule(self.architecture.block(layer, path))
 
     def _nonfinite(
         self, tokens: Tokens, logits: Tensor, write: Mapping[Site, Tensor]
@@ -380,10 +381,3 @@ class TracedModel:
             f"{kind} at site {where}, prompt {row + 1} of the batch; "
             f"check the weights, or run in a wider type (--dtype float32)"
         )
-
-
-def _input_by_output(module: nn.Module) -> Tensor:
-    """Weight of a linear map as ``[d_in, d_out]``, whichever way the class stores it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, nn.Linear) else weight.detach()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
+from random import Random
 
 import torch
 from torch import Tensor
 
-from circuitlab.ablation import Ablation, Ablator, choose_batch_size
-from circuitlab.errors import GraphError
+from circuitlab.ablation import Ablation
+from circuitlab.checkpoint import Checkpoint
+from circuitlab.memory import TOGETHER, choose_batch_size, patches_at_once
 from circuitlab.model import TracedModel
+from circuitlab.patcher import Mode, patchers
 from circuitlab.progress import track
-from circuitlab.prompts import EncodedTask, Tokens
-from circuitlab.run import Run
-from circuitlab.sites import Site
-from circuitlab.wiring import PORTS, Edge, Receiver, ReceiverBlock
-
-#: Bytes that the residual streams of the edges patched together may take.
-MEMORY = 64 * 2**20
+from circuitlab.prompts import EncodedTask
+from circuitlab.wiring import Edge
 
 
 def edge_effects(
@@ -27,122 +24,63 @@ def edge_effects(
     pairs: EncodedTask,
     edges: Sequence[Edge],
     *,
+    mode: Mode = "noise",
     ablation: Ablation = "counterfactual",
     batch_size: int | None = None,
+    stage: str | None = None,
 ) -> Tensor:
     """Exact effect of each edge alone, per pair.
 
-    Only the receiver reads the source's ablated output: its norm is recomputed, everything after it
-    is recomputed, other readers of the source are untouched. Blocks before the receiver are not run
-    again, and many edges share one pass.
+    Only the receiver reads the source's other output: its norm is recomputed, everything after it
+    is recomputed, other readers of the source are untouched.
+
+    Args:
+        model: Any traced model.
+        pairs: The encoded task.
+        edges: Edges of ``model.wiring``.
+        mode: ``noise`` patches ablated outputs into the clean run, ``denoise`` clean outputs into
+            the corrupt run.
+        ablation: What an ablated source writes.
+        batch_size: Pairs per pass; None chooses by memory.
+        stage: Name of the :class:`Checkpoint` that an interrupted run goes on from; None for none.
 
     Returns:
-        ``[n_edges, n_pairs]``, metric(edge patched) - metric(clean), float64; negative helps.
+        ``[n_edges, n_pairs]``, float64; negative helps. In mode ``noise`` metric(edge patched) -
+        metric(clean), in mode ``denoise`` metric(corrupt) - metric(edge patched): in both the
+        metric with the edge's corrupt value less that with its clean value.
 
     Raises:
         GraphError: an edge does not exist in the model.
+        OptionError: mode ``denoise`` with another ablation than ``counterfactual``.
+        TaskError: positions of clean and corrupt prompts do not correspond.
         NumericsError: an activation is not finite.
     """
-    blocks = _by_block(model, edges)
-    size = batch_size or choose_batch_size(model, pairs)
-    ablator = Ablator(model, pairs, ablation, size)
-    effects = torch.zeros(len(edges), len(pairs), dtype=torch.float64)
-    batches = list(pairs.batches(size))
-    work = [(number, block) for number in range(len(batches)) for block in blocks]
-    current, state = -1, None
-    for number, block in track(work, f"patching {len(edges)} edges"):
-        if number != current:
-            current, state = number, _State(model, batches[number], ablator)
-        assert state is not None
-        columns = slice(number * size, number * size + len(batches[number]))
-        for rows in state.chunks(blocks[block]):
-            chosen = [edges[row] for row in rows]
-            effects[rows, columns] = state.effects(block.kind, block.layer, chosen).double().cpu()
-    return effects
-
-
-class _Block(NamedTuple):
-    kind: str
-    layer: int
-
-
-def _by_block(model: TracedModel, edges: Sequence[Edge]) -> dict[_Block, list[int]]:
-    """Indices of the edges into each block of receivers, each edge checked."""
-    where: dict[int, ReceiverBlock] = {
-        number: block
-        for block in model.wiring.blocks()
-        for number in range(block.receivers.start, block.receivers.stop)
-    }
-    blocks: dict[_Block, list[int]] = defaultdict(list)
-    for row, edge in enumerate(edges):
-        receiver = model.wiring.receiver_columns.get(Receiver(edge.target, edge.port))
-        source = model.wiring.source_rows.get(edge.source)
-        if receiver is None or source is None or source >= where[receiver].n_sources:
-            raise GraphError(
-                f"edge {edge.source} -> {edge.target}{':' + edge.port if edge.port else ''} does "
-                f"not exist in this model; a source reaches what runs after it, heads through "
-                f"q, k or v"
-            )
-        blocks[_Block(where[receiver].kind, where[receiver].layer)].append(row)
-    return dict(sorted(blocks.items(), key=lambda entry: (entry[0].layer, entry[1])))
-
-
-class _State:
-    """A batch run once clean and once ablated, from which edges are patched."""
-
-    def __init__(self, model: TracedModel, batch: EncodedTask, ablator: Ablator) -> None:
-        self.model, self.batch = model, batch
-        streams = ["resid_pre"] if model.architecture.parallel else ["resid_pre", "resid_mid"]
-        layers = range(model.n_layers)
-        sites = [Site(kind, layer) for kind in (*streams, *PORTS) for layer in layers]
-        self.clean = model.run(
-            batch.clean, read=[*model.source_sites, *sites, Site("resid_post", model.n_layers - 1)]
+    sign = 1 if mode == "noise" else -1
+    size = choose_batch_size(model, pairs, batch_size)
+    batches = patchers(model, pairs, mode=mode, ablation=ablation, batch_size=size)
+    step = TOGETHER * patches_at_once(model, min(size, len(pairs)), pairs.clean.ids.shape[1])
+    parts = [
+        rows[i : i + step]
+        for _, rows in model.wiring.by_block(edges)
+        for i in range(0, len(rows), step)
+    ]
+    # Early layers take longest. In any order that mixes them, the time left can be told.
+    Random(0).shuffle(parts)  # noqa: S311  # no secret
+    # What is not a number is yet to be measured.
+    effects = torch.full((len(edges), len(pairs)), torch.nan, dtype=torch.float64)
+    with Checkpoint(stage) if stage else nullcontext() as saved:
+        if saved is not None and (state := saved.load()) is not None:
+            effects = state["effects"]
+        columns = [slice(i, i + size) for i in range(0, len(pairs), size)]
+        left = [[rows for rows in parts if effects[rows, c].isnan().any()] for c in columns]
+        n_left, n_all = sum(map(len, left)), len(parts) * len(columns)
+        work = (
+            (c, p, rows) for c, p, some in zip(columns, batches, left, strict=True) for rows in some
         )
-        self.difference, _ = ablator.difference(batch, self.clean)
-        self.reference = self.clean.logits[:, -1]
-        self.base = batch.score(self.reference, self.reference)
-
-    def chunks(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        size = max(1, MEMORY // self.difference[0].nbytes)
-        return (list(rows[i : i + size]) for i in range(0, len(rows), size))
-
-    def effects(self, kind: str, layer: int, edges: Sequence[Edge]) -> Tensor:
-        """``[edges, batch]`` for edges into one block of receivers."""
-        model, clean = self.model, self.clean
-        rows = [model.wiring.source_rows[edge.source] for edge in edges]
-        moved = self.difference[rows].to(model.dtype)
-        if kind == "logits":
-            last = Site("resid_post", model.n_layers - 1)
-            write = {last: clean[last] + moved}
-            layer = model.n_layers - 1
-        elif kind == "mlp":
-            stream = Site("resid_pre" if model.architecture.parallel else "resid_mid", layer)
-            write = {Site("mlp_in", layer): clean[stream] + moved}
-        else:
-            write = self._ports(layer, edges, clean[Site("resid_pre", layer)] + moved)
-        n = len(edges)
-        start = Site("resid_pre", layer)
-        flat = {site: value.flatten(0, 1) for site, value in write.items()}
-        flat[start] = clean[start].repeat(n, 1, 1)
-        tokens = Tokens(clean.tokens.ids.repeat(n, 1), clean.tokens.mask.repeat(n, 1))
-        run: Run = model.run(tokens, write=flat)
-        logits = run.logits[:, -1].view(n, len(self.batch), -1)
-        scores = [self.batch.score(row, self.reference) for row in logits]
-        return torch.stack(scores) - self.base
-
-    def _ports(self, layer: int, edges: Sequence[Edge], streams: Tensor) -> dict[Site, Tensor]:
-        """Values of the ports written: clean everywhere but in each edge's own head."""
-        model = self.model
-        write = {}
-        for port in PORTS:
-            rows = [row for row, edge in enumerate(edges) if edge.port == port]
-            if not rows:
-                continue
-            site = Site(port, layer)
-            value = self.clean[site].expand(len(edges), -1, -1, -1, -1).clone()
-            patched = model.projected(site, streams[rows])
-            for number, row in enumerate(rows):
-                head = model.wiring.component(edges[row].target).head
-                value[row, :, :, head] = patched[number, :, :, head]
-            write[site] = value
-        return write
+        title = f"patching {len(edges):,} edges, {mode}"
+        for column, patcher, rows in track(work, title, total=n_all, done=n_all - n_left):
+            scores = patcher.edges([edges[row] for row in rows])
+            effects[rows, column] = sign * (scores - patcher.base_score).cpu()
+            if saved is not None:
+                saved.keep({"effects": effects})
+    return effects

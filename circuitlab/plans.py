@@ -3,7 +3,13 @@
 A plan is a list of tuples of strings, integers, slices and tensors, sorted into execution order. It
 is all that a trace executes, so an analysis never writes a trace and a plan can travel.
 
-    ("skip", path, tensor)                       the module returns the tensor and is not run
+    ("skip", path, tensor, n)  the module is not run and returns the tensor, as the first of ``n``
+                               outputs where ``n`` is not 0
+    ("pass", path)             the module is not run and returns its input
+    ("last", path)             the module reads the last position alone
+    ("fork", path, norm)       so does the block, but for its norm, which reads all positions
+    ("widen", path)            the module's output is repeated to all positions
+    ("unembed", path, ids)     the unembedding gives the logits of these tokens
     ("write", path, side, item, index, tensor)   what the module reads or returns, replaced there
     ("overwrite", path, side, item, index, tensor)  the same in place, for every reader of the value
     ("tap", path, side, item, how)               keep the value for differentiation
@@ -16,7 +22,7 @@ graph starts here), ``branch`` (differentiate this reader only) or ``value``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +35,20 @@ from circuitlab.wiring import PORTS
 
 Step = tuple[Any, ...]
 Plan = list[Step]
+
+
+class Ending(NamedTuple):
+    """How much of the end of the forward pass is wanted.
+
+    Attributes:
+        last_only: Only the last position's logits.
+        tokens: Only these tokens' logits, ``[n]``; None for all.
+        stop: No logits at all: nothing after the last site is run.
+    """
+
+    last_only: bool = False
+    tokens: Tensor | None = None
+    stop: bool = False
 
 
 class Place(NamedTuple):
@@ -61,6 +81,11 @@ class Locator:
                 f"site {site} does not exist: attention and MLP of a {a.family} block run in "
                 f"parallel; use resid_pre or resid_post"
             )
+        if site.kind == "mlp_post" and not a.mlp_output_projection:
+            raise SiteError(
+                f"site {site} does not exist: the architecture of {a.family} names no output "
+                f"projection of the MLP; set mlp_output_projection and d_mlp, or use mlp_out"
+            )
 
     def place(self, site: Site) -> Place:
         """The module, side and item that hold ``site``."""
@@ -79,6 +104,7 @@ class Locator:
             "attn_out": (a.attention, "output", 0),
             "resid_mid": (a.mlp_norm, "input", 0),
             "mlp_in": (a.mlp_norm, "branch", 0),
+            "mlp_post": (a.mlp_output_projection, "input", 0),
             "mlp_out": (a.mlp, "output", 0),
             "resid_post": ("", "output", 0),
         }[kind]
@@ -113,7 +139,7 @@ class Locator:
         a = self.architecture
         if site.kind == "pattern":
             return (batch, pos, pos) if site.head is not None else (batch, a.n_heads, pos, pos)
-        shape = [batch, pos, a.d_model]
+        shape = [batch, pos, a.d_mlp if site.kind == "mlp_post" else a.d_model]
         if site.kind in HEAD_KINDS:
             shape[2:] = [a.d_head] if site.head is not None else [a.n_heads, a.d_head]
         if site.position is not None:
@@ -155,6 +181,14 @@ class Locator:
         else:
             yield (op, *place, (slice(None), position), tensor)
 
+    def joined(self, values: Mapping[Site, Tensor]) -> Tensor:
+        """One projection's output ``[batch, pos, width]`` from the values of all its ports."""
+        first = next(iter(values.values()))
+        whole = first.new_empty(*first.shape[:2], len(values) * first.shape[2] * first.shape[3])
+        for site, value in values.items():
+            self._heads(site, whole).copy_(value)
+        return whole
+
     def _heads(self, site: Site, value: Tensor) -> Tensor:
         """``[batch, pos, width]`` of a projection or of z -> ``[batch, pos, n_heads, d_head]``."""
         a = self.architecture
@@ -169,27 +203,36 @@ def make_plan(
     read: Iterable[Site],
     write: Mapping[Site, Tensor],
     tap: Iterable[Site],
+    ending: Ending | None = None,
 ) -> Plan:
     """The forward-ordered plan of some reads, writes and taps.
 
-    A whole ``resid_pre`` that is written makes everything before it irrelevant: earlier blocks are
-    skipped, as long as nothing there is read, written or tapped. A read shows what was written.
+    A module whose whole output is written is not run, as long as nothing inside it is read, written
+    or tapped: writing all of ``resid_pre`` skips the blocks before it, ``attn_out`` the attention.
+    A read shows what was written.
     """
-    read, tap = sorted({site.whole for site in read}), sorted({site.whole for site in tap})
-    steps: list[tuple[tuple[int, int, int], Step]] = []
+    ending = ending or Ending()
+    asked = _Asked({site.whole for site in read}, write, {site.whole for site in tap})
+    timed: list[tuple[tuple[int, int, int], Step]] = []
 
-    def add(site: Site, action: int, *new: Step) -> None:
-        steps.extend(((*_moment(site), action), step) for step in new)
+    def add(moment: tuple[int, int], action: int, *new: Step) -> None:
+        timed.extend(((*moment, action), step) for step in new)
 
+    skips, given = _skips(locator, asked, ending)
+    for moment, step in skips:
+        add(moment, 0, step)
     for site, tensor in sorted(write.items(), key=lambda entry: entry[0].order):
-        add(site, 0, *locator.writes(site, tensor))
-    for number, site in enumerate(tap):
+        if site not in given:
+            add(_moment(site), 0, *locator.writes(site, tensor))
+    for number, site in enumerate(sorted(asked.tap)):
         how = "leaf" if number == 0 and not _is_branch(site) else "value"
-        add(site, 1, ("tap", *locator.place(site), "branch" if _is_branch(site) else how))
-    for site in read:
-        add(site, 2, ("read", *locator.place(site)))
-    plan = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
-    return _skips(locator.architecture, write, [*read, *tap, *write]) + plan
+        step = ("tap", *locator.place(site), "branch" if _is_branch(site) else how)
+        add(_moment(site), 1, step)
+    for site in sorted(asked.read):
+        add(_moment(site), 2, ("read", *locator.place(site)))
+    for moment, step in _ends(locator.architecture, asked, ending):
+        add(moment, 3, step)
+    return [step for _, step in sorted(timed, key=lambda entry: entry[0])]
 
 
 def _check_position(site: Site, pos: int) -> None:
@@ -208,9 +251,117 @@ def _moment(site: Site) -> tuple[int, int]:
     return layer, BLOCK_KINDS.index(kind) if kind in BLOCK_KINDS else 0
 
 
-def _skips(a: Architecture, write: Mapping[Site, Tensor], sites: Iterable[Site]) -> Plan:
-    starts = [s.layer or 0 for s in write if s.kind == "resid_pre" and s.position is None]
-    layer = max(starts, default=0)
-    if layer == 0 or min(-1 if s.layer is None else s.layer for s in sites) < layer:
-        return []
-    return [("skip", a.block(earlier), write[Site("resid_pre", layer)]) for earlier in range(layer)]
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a plan reads, writes and taps."""
+
+    read: set[Site]
+    write: Mapping[Site, Tensor]
+    tap: set[Site]
+
+    def at(self, layer: int, kinds: Collection[str]) -> set[Site]:
+        """Sites of these kinds in a layer."""
+        sites = (*self.read, *self.write, *self.tap)
+        return {site for site in sites if site.layer == layer and site.kind in kinds}
+
+    def alone(self, site: Site) -> bool:
+        """Whether the whole site is written, and no part of it beside."""
+        return {other for other in self.write if other.whole == site} == {site}
+
+
+_INSIDE_ATTENTION = frozenset({"q", "k", "v", "z", "pattern"})
+_AFTER_ATTENTION = frozenset(
+    {"attn_out", "resid_mid", "mlp_in", "mlp_post", "mlp_out", "resid_post"}
+)
+
+_Timed = tuple[tuple[int, int], Step]
+
+
+def _skips(locator: Locator, asked: _Asked, ending: Ending) -> tuple[list[_Timed], set[Site]]:
+    """Steps for modules that need not run, and the written sites that these steps carry."""
+    a = locator.architecture
+    steps, given = _skipped_blocks(a, asked)
+    for site, tensor in asked.write.items():
+        if site in given or site in asked.tap or site.layer is None or not asked.alone(site):
+            continue
+        if site.kind == "attn_out" and not asked.at(site.layer, _INSIDE_ATTENTION):
+            path, n_outputs = a.attention, a.attention_outputs
+            if site.layer == a.n_layers - 1 and _narrow(a, asked, ending):
+                tensor = tensor[:, -1:]
+            if a.attention_norm != a.mlp_norm:
+                norm = a.block(site.layer, a.attention_norm)
+                steps.append((_moment(Site("q", site.layer)), ("pass", norm)))
+        elif site.kind == "mlp_out" and not asked.at(site.layer, {"mlp_post"}):
+            path, n_outputs = a.mlp, 0
+        else:
+            continue
+        given.add(site)
+        steps.append((_moment(site), ("skip", a.block(site.layer, path), tensor, n_outputs)))
+    for layer in {site.layer for site in asked.write if site.kind in PORTS}:
+        assert layer is not None
+        for path in sorted({a.projection(port).path for port in PORTS}):
+            ports = [Site(p, layer) for p in PORTS if a.projection(p).path == path]
+            if all(asked.alone(site) and site not in asked.tap for site in ports):
+                joined = locator.joined({site: asked.write[site] for site in ports})
+                given.update(ports)
+                # Before the first of them is read or asked for.
+                steps.append((_moment(ports[0]), ("skip", a.block(layer, path), joined, 0)))
+    return steps, given
+
+
+def _skipped_blocks(a: Architecture, asked: _Asked) -> tuple[list[_Timed], set[Site]]:
+    """Blocks before a residual stream that is written whole, unless something there is asked."""
+    start, carried = 0, None
+    for site in asked.write:
+        first = {"resid_pre": 0, "resid_post": 1}.get(site.kind)
+        if first is not None and asked.alone(site) and (site.layer or 0) + first > start:
+            start, carried = (site.layer or 0) + first, site
+    if carried is None:
+        return [], set()
+    others = {*asked.read, *asked.write, *asked.tap} - {Site("resid_post", start - 1)}
+    if min((-1 if s.layer is None else s.layer for s in others), default=start) < start:
+        return [], set()
+    value = asked.write[carried]
+    steps = [((layer, -1), ("skip", a.block(layer), value, 0)) for layer in range(start)]
+    nothing = value.new_zeros(1, 1, 1).expand_as(value)
+    return [((-1, 0), ("skip", a.embed, nothing, 0)), *steps], {carried} - asked.tap
+
+
+def _ends(a: Architecture, asked: _Asked, ending: Ending) -> Iterator[_Timed]:
+    """Steps that leave out what nobody looks at after the last site."""
+    sites = {*asked.read, *asked.write, *asked.tap}
+    last = a.n_layers - 1
+    after = _AFTER_ATTENTION
+    if ending.stop:
+        last = max((site.layer for site in sites if site.layer is not None), default=-1)
+        for layer in range(last + 1, a.n_layers):
+            yield (layer, -1), ("pass", a.block(layer))
+        yield (a.n_layers, 0), ("pass", a.unembedding)
+        if last >= 0 and not asked.at(last, after - {"attn_out"}):
+            yield (last, BLOCK_KINDS.index("mlp_out")), ("pass", a.block(last, a.mlp))
+        if last >= 0 and not asked.at(last, after):
+            yield (last, BLOCK_KINDS.index("z")), ("last", a.block(last, a.output_projection))
+        return
+    if ending.tokens is not None:
+        yield (a.n_layers, 0), ("unembed", a.unembedding, ending.tokens)
+    if _narrow(a, asked, ending):
+        # What only the last position's logits depend on is computed for the last position.
+        if not asked.at(last, {"attn_out"}):
+            yield (last, 0), ("fork", a.block(last), a.block(last, a.attention_norm))
+            yield (last, BLOCK_KINDS.index("z")), ("last", a.block(last, a.output_projection))
+        else:
+            yield (last, 0), ("last", a.block(last))
+        yield (a.n_layers, -1), ("widen", a.final_norm)
+    elif ending.last_only and not asked.tap and not asked.at(last, after - {"attn_out", "mlp_in"}):
+        # Adding it to a longer stream broadcasts; what that gives elsewhere nobody reads.
+        yield (last, BLOCK_KINDS.index("mlp_in")), ("last", a.block(last, a.mlp_norm))
+
+
+def _narrow(a: Architecture, asked: _Asked, ending: Ending) -> bool:
+    """Whether the last block can give the last position alone."""
+    last = a.n_layers - 1
+    if not ending.last_only or ending.stop or asked.tap:
+        return False
+    here = asked.at(last, _AFTER_ATTENTION)
+    out = Site("attn_out", last)
+    return not here or (here == {out} and out not in asked.read and asked.alone(out))

@@ -16,22 +16,25 @@ _listener: ContextVar[Listener | None] = ContextVar("circuitlab_progress", defau
 _warned: ContextVar[Callable[[str], None] | None] = ContextVar("circuitlab_warned", default=None)
 
 
-def track(items: Iterable[Item], description: str, *, total: int | None = None) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], description: str, *, total: int | None = None, done: int = 0
+) -> Iterator[Item]:
     """The same items, one step of progress after each.
 
     Args:
         items: What to go through.
         description: What is being done, for people: "attributing edges".
-        total: Number of items where ``items`` has no length.
+        total: Number of steps where ``items`` has no length, those done included.
+        done: Steps that an interrupted run had done; ``items`` are what is left.
     """
     if total is None and isinstance(items, Sized):
-        total = len(items)
+        total = done + len(items)
     listener = _listener.get()
     if listener is None:
         yield from items
         return
-    listener(description, 0, total)
-    for number, item in enumerate(items, start=1):
+    listener(description, done, total)
+    for number, item in enumerate(items, start=done + 1):
         yield item
         listener(description, number, total)
 

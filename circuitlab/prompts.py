@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -21,11 +21,13 @@ class Tokens:
 
     Attributes:
         ids: ``[batch, pos]``, int64; 0 where padded.
-        mask: ``[batch, pos]``, bool; True where a token is real.
+        mask: ``[batch, pos]``, bool; True where a token is real, and others may attend to it.
+        positions: ``[batch, pos]``, where each token stands; None: after the real ones before it.
     """
 
     ids: Tensor
     mask: Tensor
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -33,25 +35,42 @@ class Tokens:
     @property
     def position_ids(self) -> Tensor:
         """Position of each token in its own prompt, ``[batch, pos]``; 0 where padded."""
+        if self.positions is not None:
+            return self.positions
         return (self.mask.cumsum(-1) - 1).clamp(min=0)
 
     def rows(self, index: int | slice | Sequence[int] | Tensor) -> Tokens:
         """The chosen prompts, ``[chosen, pos]``; an integer gives a batch of one."""
         chosen = [index] if isinstance(index, int) else index
-        return Tokens(self.ids[chosen], self.mask[chosen])
+        return self._each(lambda part: part[chosen])
 
     def trimmed(self) -> Tokens:
         """The same prompts without the padding that all of them share."""
-        start = self.ids.shape[1] - int(self.mask.sum(-1).max())
-        return Tokens(self.ids[:, start:], self.mask[:, start:])
+        start = self._start()
+        return self._each(lambda part: part[:, start:])
 
-    def expand(self, n: int) -> Tokens:
-        """Each prompt ``n`` times in a row, ``[batch * n, pos]``."""
-        return Tokens(self.ids.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0))
+    def hiding(self, chosen: Tensor) -> Tokens:
+        """The same prompts in which no token attends to those ``chosen``, ``[batch, pos]`` bool.
+
+        All keep their positions. What a run holds at a hidden token has no meaning.
+        """
+        return Tokens(self.ids, self.mask & ~chosen, self.position_ids)
+
+    def repeat(self, n: int) -> Tokens:
+        """All prompts ``n`` times over, ``[n * batch, pos]``."""
+        return self._each(lambda part: part.repeat(n, 1))
 
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens on ``device``."""
-        return Tokens(self.ids.to(device), self.mask.to(device))
+        return self._each(lambda part: part.to(device))
+
+    def _start(self) -> int:
+        """First column that is not padding in every prompt."""
+        return self.mask.shape[1] - int(self.mask.any(0).cumsum(0).count_nonzero())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        positions = None if self.positions is None else change(self.positions)
+        return Tokens(change(self.ids), change(self.mask), positions)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -90,12 +109,11 @@ class EncodedTask:
         """The chosen pairs, without the padding that all of their prompts share."""
         picked = range(len(self))[index] if isinstance(index, slice) else list(index)
         clean, corrupt = self.clean.rows(list(picked)), self.corrupt.rows(list(picked))
-        width = max((int(t.mask.sum(-1).max()) for t in (clean, corrupt) if len(t)), default=0)
-        start = self.clean.ids.shape[1] - width
+        start = min(clean._start(), corrupt._start())
         return replace(
             self,
-            clean=Tokens(clean.ids[:, start:], clean.mask[:, start:]),
-            corrupt=Tokens(corrupt.ids[:, start:], corrupt.mask[:, start:]),
+            clean=clean._each(lambda part: part[:, start:]),
+            corrupt=corrupt._each(lambda part: part[:, start:]),
             answers=Answers(self.answers.right[list(picked)], self.answers.wrong[list(picked)]),
             tokens_text=tuple(self.tokens_text[i] for i in picked),
             numbers=tuple(self.numbers[i] for i in picked),
@@ -128,6 +146,23 @@ class EncodedTask:
                     f"give those after the last token, [{len(self)}, vocab]"
                 )
         return self.metric(logits, self.answers, reference)
+
+    def narrowed(self) -> tuple[EncodedTask, Tensor | None]:
+        """The task scored on few logits, and the tokens these belong to, ``[n]``.
+
+        Where the metric looks at the answers alone, only their logits need to be computed: the task
+        returned takes logits ``[batch, n]``. Else it is this task, and None.
+        """
+        if not self.metric.answers_only:
+            return self, None
+        parts = (self.answers.right, self.answers.wrong)
+        both = torch.cat([part.flatten() for part in parts])
+        tokens = torch.unique(both[both >= 0])
+        places = [
+            torch.where(part < 0, -1, torch.searchsorted(tokens, part.contiguous().clamp(min=0)))
+            for part in parts
+        ]
+        return replace(self, answers=Answers(*places)), tokens
 
     def to(self, device: torch.device | str) -> EncodedTask:
         """The same task with its tensors on ``device``."""

@@ -19,24 +19,24 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
+from circuitlab.components import Component, Effect, number
 from circuitlab.errors import OptionError, ResourceError
 from circuitlab.graph import CircuitGraph, show_by
 from circuitlab.labels import escape
 from circuitlab.layout import (
     MAX_EDGES,
-    Component,
-    Effect,
     Places,
     Selection,
+    at_gates,
     colour,
     grid,
     line_width,
-    number,
     select,
 )
-from circuitlab.legend import caption, compose, sign_words, verdict
+from circuitlab.legend import caption, compose, meanings, sign_words, verdict
 from circuitlab.scene import FONT, Point, Scene, arrow_length, to_pinned_dot, to_svg
 
 __all__ = ["BUDGET", "SUFFIXES", "draw", "graphviz_version", "svg", "to_dot"]
@@ -49,6 +49,9 @@ SUFFIXES = (".svg", ".png", ".pdf", ".dot")
 #: Widest or highest bitmap, in pixels, that Graphviz can write.
 _MAX_PIXELS = 30_000
 _DPI = 200
+
+#: What comes closest to a gate's symbol among Graphviz's own shapes; the word is inside.
+_GATE_SHAPES = {"AND": "box", "OR": "house", "XOR": "house", "ADD": "circle", "mixed": "diamond"}
 
 #: What the child runs: engine and format as arguments, DOT in, a picture out.
 _CHILD = """
@@ -111,7 +114,7 @@ def to_dot(circuit: CircuitGraph, *, max_edges: int = MAX_EDGES) -> str:
     to a file or an address.
     """
     selection = select(circuit, max_edges)
-    lines = [*caption(circuit, selection), _sign_line(circuit)]
+    lines = [*caption(circuit, selection), _sign_line(circuit), *meanings(selection)]
     if warning := verdict(circuit):
         lines.insert(0, warning)
     return _dot(selection, "".join(escape(line) + "\\l" for line in lines))
@@ -131,7 +134,8 @@ def _scene(circuit: CircuitGraph, max_edges: int) -> tuple[Scene, list[str]]:
             warnings.append(f"{error}; the built-in layout was used")
         except (KeyError, ValueError, IndexError):
             warnings.append("Graphviz gave no usable layout; the built-in layout was used")
-    return compose(circuit, selection, places or grid(selection)), warnings
+    places = at_gates(selection, places or grid(selection))
+    return compose(circuit, selection, places), warnings
 
 
 def _dot(selection: Selection, label: str) -> str:
@@ -155,22 +159,42 @@ def _dot(selection: Selection, label: str) -> str:
     lines += [
         f'r{index} -> r{index + 1} [style="invis", weight="0"];' for index in range(len(ranks) - 1)
     ]
+    lines += _by_position(ranks, ids)
     # Ties between layouts fall to the order of edges; strongest first keeps those straightest.
     numbered = list(enumerate(selection.effects))
     for index, effect in reversed(numbered):
         target = selection.components[effect.target]
         foot = f":p{target.ports.index(effect.port)}:s" if effect.port in target.ports else ""
+        foot = ":s" if target.symbol else foot
+        top = ":n" if selection.components[effect.source].symbol else ""
         lines.append(
-            f"{ids[effect.source]} -> {ids[effect.target]}{foot} {_edge(index, effect, selection)}"
+            f"{ids[effect.source]}{top} -> {ids[effect.target]}{foot} "
+            f"{_edge(index, effect, selection)}"
         )
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def _by_position(ranks: list[list[Component]], ids: dict[str, str]) -> list[str]:
+    """Token positions from left to right, as the prompt is read, each above itself."""
+    lines = []
+    below: dict[int, str] = {}
+    for row in ranks:
+        placed = [component for component in row if component.positional]
+        for left, right in pairwise(placed):
+            lines.append(f'{ids[left.name]} -> {ids[right.name]} [style="invis"];')
+        for component in placed:
+            lower = below.get(component.column[0])
+            if lower and component.rank[:2] != (-1, 1):
+                lines.append(f'{lower} -> {ids[component.name]} [style="invis", weight="30"];')
+        below |= {c.column[0]: ids[c.name] for c in reversed(placed)}
+    return lines
 
 
 def _node(component: Component) -> str:
     fill, stroke, ink, radius = component.style
     text = escape(component.label) + ("\\n" + escape(component.role) if component.role else "")
     styles = ["filled"] + ["rounded"] * (radius > 0) + ["dashed"] * (not component.known)
-    shape = "box"
+    shape = _GATE_SHAPES[component.label] if component.symbol else "box"
     if component.ports:
         shape = "Mrecord"
         feet = "|".join(f"<p{i}> {_field(p)}" for i, p in enumerate(component.ports))
@@ -199,7 +223,7 @@ def _edge(index: int, effect: Effect, selection: Selection) -> str:
         f'[id="e{index}", {label}color="{shade}", fontcolor="{shade}", penwidth="{width:.2f}", '
         f'arrowsize="{arrow_length(width) / 10:.2f}", '
         f'weight="{1 + round(9 * effect.strength)}", '
-        f'style="{"solid" if selection.established else "dashed"}", '
+        f'style="{"dashed" if effect.redundant or not selection.established else "solid"}", '
         f'tooltip="{escape(effect.tooltip)}"];'
     )
 

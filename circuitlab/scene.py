@@ -44,7 +44,11 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle centred at ``(x, y)`` with corners of the given radius, and its own texts."""
+    """A rectangle centred at ``(x, y)`` with corners of the given radius, and its own texts.
+
+    Where there are ``outlines``, Bezier points about the centre, they are drawn in place of the
+    rectangle that bounds them: the first is closed and filled, the others are lines.
+    """
 
     x: float
     y: float
@@ -56,6 +60,7 @@ class Box:
     dashed: bool = False
     tooltip: str = ""
     texts: tuple[Text, ...] = ()
+    outlines: tuple[tuple[Point, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +137,27 @@ def _curve_svg(curve: Curve, top: float) -> str:
 def _box_svg(box: Box, top: float) -> str:
     dash = ' stroke-dasharray="3,2"' if box.dashed else ""
     texts = "".join(_text_svg(text, top) for text in box.texts)
+    if box.outlines:
+        return (
+            f'<g class="node" stroke="{box.stroke}" stroke-linejoin="round">'
+            f"{_title_svg(box.tooltip)}{_outlines_svg(box, top)}"
+            f'<g stroke="none">{texts}</g></g>'
+        )
     return (
         f'<g class="node">{_title_svg(box.tooltip)}'
         f'<rect x="{_n(box.x - box.width / 2)}" y="{_n(top - box.y - box.height / 2)}" '
         f'width="{_n(box.width)}" height="{_n(box.height)}" rx="{_n(box.radius)}" '
         f'fill="{box.fill}" stroke="{box.stroke}"{dash}/>{texts}</g>'
     )
+
+
+def _outlines_svg(box: Box, top: float) -> str:
+    paths = []
+    for index, outline in enumerate(box.outlines):
+        first, *rest = [f"{_n(box.x + x)},{_n(top - box.y - y)}" for x, y in outline]
+        end, fill = ("", "none") if index else (" Z", box.fill)
+        paths.append(f'<path d="M{first} C{" ".join(rest)}{end}" fill="{fill}"/>')
+    return "".join(paths)
 
 
 def _text_svg(text: Text, top: float) -> str:
@@ -169,9 +189,15 @@ def _arrowhead(curve: Curve, tip: Point) -> tuple[Point, Point, Point]:
 
 def to_pinned_dot(scene: Scene, dpi: int = 72) -> str:
     """The scene as DOT for ``neato -n2``; ``dpi`` counts for bitmaps only."""
+    # No node of Graphviz has a gate's shape and edges are drawn in an order of its own: both are
+    # drawn by its marks for a background, in our order.
+    marks = [mark for curve in scene.curves for mark in _curve_marks(curve)]
+    marks += [mark for box in scene.boxes if box.outlines for mark in _outline_marks(box)]
+    # In pieces: Graphviz refuses one long string.
+    background = "\n + ".join(f'"{mark} "' for mark in marks) or '""'
     lines = [
         "digraph scene {",
-        f'graph [outputorder="edgesfirst", bgcolor="white", pad="0", dpi="{dpi}"];',
+        f'graph [bgcolor="white", pad="0", dpi="{dpi}", _background={background}];',
         f'node [fontname="{FONT}", fixedsize="true", margin="0", penwidth="1", label=""];',
         "z " + _attributes(pos="0,0", style="invis", shape="point", width="0", height="0"),
         "y " + _attributes(
@@ -179,12 +205,11 @@ def to_pinned_dot(scene: Scene, dpi: int = 72) -> str:
             style="invis", shape="point", width="0", height="0",
         ),
     ]  # fmt: skip
-    for number, curve in enumerate(scene.curves):
-        lines += _curve_dot(f"c{number}", curve)
     number = 0
     for box in scene.boxes:
-        lines.append(f"b{number} {_box_dot(box)}")
-        number += 1
+        if not box.outlines:
+            lines.append(f"b{number} {_box_dot(box)}")
+            number += 1
         for text in box.texts:
             lines.append(f"b{number} {_text_dot(text)}")
             number += 1
@@ -194,24 +219,30 @@ def to_pinned_dot(scene: Scene, dpi: int = 72) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _curve_dot(name: str, curve: Curve) -> Iterator[str]:
-    # Graphviz draws edges in the order of their tails: a tail of its own keeps our order.
-    x, y = curve.points[0]
-    yield f"{name} " + _attributes(
-        pos=f"{_n(x)},{_n(y)}", style="invis", shape="point", width="0", height="0"
-    )
-    path = " ".join(f"{_n(x)},{_n(y)}" for x, y in curve.points)
+def _curve_marks(curve: Curve) -> Iterator[str]:
+    shade = curve.colour + f"{round(255 * curve.opacity):02x}"
+    yield _style(f"setlinewidth({_n(curve.width)})")
+    yield _style("dashed" if curve.dashed else "solid")
+    yield f"c {len(shade)} -{shade} B {_points(curve.points)}"
     if curve.tip is not None:
-        path = f"e,{_n(curve.tip[0])},{_n(curve.tip[1])} {path}"
-    alpha = f"{round(255 * curve.opacity):02x}" if curve.opacity < 1 else ""
-    yield f"{name} -> z " + _attributes(
-        pos=path,
-        color=curve.colour + alpha,
-        penwidth=_n(curve.width),
-        arrowsize=_n(arrow_length(curve.width) / 10),
-        arrowhead="none" if curve.tip is None else "normal",
-        style="dashed" if curve.dashed else "solid",
-    )
+        yield f"C {len(shade)} -{shade} {_style('solid')} {_style('setlinewidth(0)')}"
+        yield f"P {_points(_arrowhead(curve, curve.tip))}"
+
+
+def _outline_marks(box: Box) -> Iterator[str]:
+    yield f"{_style('solid')} {_style('setlinewidth(1)')}"
+    yield f"c {len(box.stroke)} -{box.stroke} C {len(box.fill)} -{box.fill}"
+    for index, outline in enumerate(box.outlines):
+        points = [(box.x + x, box.y + y) for x, y in outline]
+        yield f"{'B' if index else 'b'} {_points(points)}"
+
+
+def _style(style: str) -> str:
+    return f"S {len(style)} -{style}"
+
+
+def _points(points: Sequence[Point]) -> str:
+    return f"{len(points)} " + " ".join(f"{_n(x)} {_n(y)}" for x, y in points)
 
 
 def _box_dot(box: Box) -> str:

@@ -17,6 +17,7 @@ BLOCK_KINDS = (
     "attn_out",
     "resid_mid",
     "mlp_in",
+    "mlp_post",
     "mlp_out",
     "resid_post",
 )
@@ -30,6 +31,7 @@ _SHAPES = {
     "v": "[batch, pos, n_heads, d_head]",
     "z": "[batch, pos, n_heads, d_head]",
     "pattern": "[batch, n_heads, query, key]",
+    "mlp_post": "[batch, pos, d_mlp]",
     "logits": "[batch, pos, vocab]",
 }
 
@@ -48,6 +50,8 @@ class Site:
     * ``attn_out``: what the attention writes, bias included; ``resid_mid``: the stream after it.
     * ``mlp_in``: the stream as the MLP alone reads it. Writing or differentiating here leaves the
       stream that continues beside the MLP untouched.
+    * ``mlp_post``: the MLP's hidden layer behind its nonlinearity, as its output projection reads
+      it; only where the model's architecture names that projection.
     * ``mlp_out``: what the MLP writes, bias included; ``resid_post``: the stream after the block.
     * ``logits``: no layer; read as ``Run.logits``.
 

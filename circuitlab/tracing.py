@@ -7,15 +7,16 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import nnsight
 import torch
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 
 from circuitlab.errors import NumericsError
-from circuitlab.plans import Place, Plan
+from circuitlab.plans import Place, Plan, Step
 from circuitlab.prompts import Tokens
 
 # nnsight takes -v or --verbose among any program's arguments for its own debug switch.
@@ -56,66 +57,117 @@ class Tracer:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._envoy = nnsight.NNsight(module)
+        self._slow = [
+            (parent, name)
+            for parent in module.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, NewGELUActivation)
+        ]
 
-    def execute(self, tokens: Tokens, plan: Plan, *, keep_all: bool) -> Kept:
-        """Run a plan; unembed all positions with ``keep_all``, else the last alone."""
+    def execute(self, tokens: Tokens, plan: Plan, *, keep_all: bool = False) -> Kept:
+        """Run a plan; unembed all positions with ``keep_all``, else the last alone.
+
+        With ``keep_all`` every module is the model's own, and results equal plain ones bit for bit.
+        """
         differentiate = any(step[0] == "tap" for step in plan)
         inputs = {
             "input_ids": tokens.ids,
             "attention_mask": tokens.mask.to(torch.int64),
-            "position_ids": tokens.position_ids,
+            "position_ids": _positions(tokens),
             "use_cache": False,
             # An index gathers the last position into one block; a slice would make the unembedding
             # a strided product, four times slower.
             "logits_to_keep": 0 if keep_all else tokens.ids.new_tensor([tokens.ids.shape[1] - 1]),
         }
-        with _frozen(self._module), torch.set_grad_enabled(differentiate):
+        with (
+            _frozen(self._module) if differentiate else nullcontext(),
+            _replaced([] if keep_all else self._slow, _FUSED_GELU),
+            torch.set_grad_enabled(differentiate),
+        ):
             with self._envoy.trace(**inputs):
                 kept = nnsight.save(_interpret(self._envoy, plan))
         return Kept(kept["logits"], kept["read"], kept["tap"])
 
 
+def _positions(tokens: Tokens) -> Tensor:
+    """Position ids, ``[batch, pos]``; one row serves prompts without padding, and is faster."""
+    if tokens.positions is None and tokens.mask.all():
+        return torch.arange(tokens.ids.shape[1], device=tokens.ids.device)[None]
+    return tokens.position_ids
+
+
 def _interpret(model: Any, plan: Plan) -> dict[str, Any]:
     """Execute a plan inside a trace. Everything it needs is in its arguments."""
-    read: dict[Any, Any] = {}
-    tap: dict[Any, Any] = {}
+    kept: dict[str, Any] = {"read": {}, "tap": {}}
+    width = 0
     for step in plan:
-        op, path = step[0], step[1]
-        envoy = model.get(path)
-        if op == "skip":
-            envoy.skip(step[2])
-            continue
-        side, item = step[2], step[3]
-        whole = envoy.output if side == "output" else envoy.input
-        value = whole[item] if isinstance(whole, tuple) else whole
-        if value is None:
-            raise ValueError(f"{path} gives no item {item}")
-        place = (path, side, item)
-        changed = None
-        if op == "read":
-            read[place] = value.detach()
-        elif op == "tap":
-            how = step[4]
-            if how == "leaf":
-                value = changed = value.detach().requires_grad_(True)
-            elif how == "branch":
-                value = changed = value.view_as(value)
-            tap[place] = value
+        op, envoy = step[0], model.get(step[1])
+        if op in ("last", "fork"):
+            whole = envoy.input
+            width = whole.shape[1]
+            envoy.input = whole[:, -1:]
+            if op == "fork":
+                model.get(step[2]).input = whole
+        elif op == "widen":
+            envoy.output = envoy.output.expand(-1, width, -1)
+        elif op == "unembed":
+            weight, bias = envoy.weight[step[2]], getattr(envoy, "bias", None)
+            value = envoy.input @ weight.T
+            envoy.skip(value if bias is None else value + bias[step[2]])
+        elif op == "pass":
+            envoy.skip(envoy.input)
+        elif op == "skip":
+            envoy.skip((step[2], *[None] * (step[3] - 1)) if step[3] else step[2])
         else:
-            if op == "write":
-                value = changed = value.clone()
-            value[step[4]] = step[5].to(value.device, value.dtype)
-        if changed is not None:
-            new = (
-                (*whole[:item], changed, *whole[item + 1 :])
-                if isinstance(whole, tuple)
-                else changed
-            )
-            if side == "output":
-                envoy.output = new
-            else:
-                envoy.input = new
-    return {"logits": model.output.logits, "read": read, "tap": tap}
+            _visit(envoy, step, kept)
+    return {"logits": model.output.logits, **kept}
+
+
+def _visit(envoy: Any, step: Step, kept: dict[str, Any]) -> None:
+    """Read, write or tap one place."""
+    op, path, side, item = step[:4]
+    whole = envoy.output if side == "output" else envoy.input
+    value = whole[item] if isinstance(whole, tuple) else whole
+    if value is None:
+        raise ValueError(f"{path} gives no item {item}")
+    place = (path, side, item)
+    changed = None
+    if op == "read":
+        kept["read"][place] = value.detach()
+    elif op == "tap":
+        if step[4] == "leaf":
+            value = changed = value.detach().requires_grad_(True)
+        elif step[4] == "branch":
+            value = changed = value.view_as(value)
+        kept["tap"][place] = value
+    else:
+        if op == "write":
+            value = changed = value.clone()
+        value[step[4]] = step[5].to(value.device, value.dtype)
+    if changed is None:
+        return
+    new = (*whole[:item], changed, *whole[item + 1 :]) if isinstance(whole, tuple) else changed
+    if side == "output":
+        envoy.output = new
+    else:
+        envoy.input = new
+
+
+#: The same function as NewGELUActivation in one pass over memory instead of seven.
+_FUSED_GELU = nn.GELU(approximate="tanh")
+
+
+@contextmanager
+def _replaced(places: list[tuple[nn.Module, str]], module: nn.Module) -> Iterator[None]:
+    """Children replaced inside; afterwards each is as it was."""
+    earlier = [getattr(parent, name) for parent, name in places]
+    for parent, name in places:
+        setattr(parent, name, module)
+    try:
+        yield
+    finally:
+        for (parent, name), child in zip(places, earlier, strict=True):
+            setattr(parent, name, child)
 
 
 @contextmanager

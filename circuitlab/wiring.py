@@ -10,7 +10,8 @@ small has 157 sources, 445 receivers and 32,491 edges.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -126,6 +127,31 @@ class Wiring:
             for receiver in self.receivers[block.receivers]
             for source in self.sources[: block.n_sources]
         )
+
+    def by_block(self, edges: Sequence[Edge]) -> list[tuple[ReceiverBlock, list[int]]]:
+        """Rows of the edges into each block, blocks in forward order, the same sources together.
+
+        Raises:
+            GraphError: an edge does not exist in the model.
+        """
+        blocks = list(self.blocks())
+        owner = [n for n, b in enumerate(blocks) for _ in self.receivers[b.receivers]]
+        found: dict[int, list[int]] = defaultdict(list)
+        for row, edge in enumerate(edges):
+            column = self.receiver_columns.get(Receiver(edge.target, edge.port))
+            source = self.source_rows.get(edge.source)
+            if column is None or source is None or source >= blocks[owner[column]].n_sources:
+                raise GraphError(
+                    f"edge {edge.source} -> {edge.target}{':' + edge.port if edge.port else ''} "
+                    f"does not exist in this model; a source reaches what runs after it, heads "
+                    f"through q, k or v"
+                )
+            found[owner[column]].append(row)
+
+        def place(row: int) -> tuple[int, str]:
+            return self.source_rows[edges[row].source], edges[row].port
+
+        return [(blocks[n], sorted(rows, key=place)) for n, rows in sorted(found.items())]
 
     @property
     def n_edges(self) -> int:

@@ -31,7 +31,7 @@ stderr.
 | 5 | memory, disk or permissions |
 | 7 | not good enough: a self-check, or `--fail-under` |
 | 8 | a plugin that was asked for failed |
-| 130, 143 | interrupted, terminated |
+| 130, 143 | interrupted, terminated; with `--resume` the state is kept |
 | 141 | nobody reads the output |
 """
 

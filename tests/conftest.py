@@ -276,6 +276,19 @@ def install(site: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any], Path]:
+    """Writes a tensor as a direction file, the same one each time."""
+    from safetensors.torch import save_file
+
+    def save(tensor: Any) -> Path:
+        path = tmp_path / "direction.safetensors"
+        save_file({"direction": tensor.contiguous()}, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
 def circuit_file(tmp_path: Path) -> Path:
     """A small circuit that was traced before, without tracing."""
     circuit = circuitlab.CircuitGraph()

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import io
 import os
-import signal
+import shlex
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import click
 
 from circuitlab.cli import screen
+from circuitlab.cli.stopping import heeding_signals, say_stopped
 from circuitlab.errors import CircuitLabError
 
 #: A shell sets it to ask for completions.
 _COMPLETE = "_CIRCUITLAB_COMPLETE"
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived; not an Exception, so that nobody on the way takes it for a fault."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A narrow encoding must not turn an arrow or a file name into a crash.
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = _run(given)
-        sys.stdout.flush()
+        with heeding_signals():
+            code = _run(given)
+            sys.stdout.flush()
     except BrokenPipeError:
         # What is still buffered has no reader; without this, closing the streams would complain.
         for stream in (sys.stdout, sys.stderr):
@@ -57,7 +53,8 @@ def _run(given: list[str]) -> int:
         return shell_complete(circuitlab, {}, "circuitlab", _COMPLETE, instruction)
     try:
         # Not click's main: it makes exit 1 of a closed pipe, whatever it is told.
-        with circuitlab.make_context("circuitlab", given) as context:
+        command = shlex.join(["circuitlab", *given])
+        with circuitlab.make_context("circuitlab", list(given), obj=command) as context:
             circuitlab.invoke(context)
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -67,22 +64,15 @@ def _run(given: list[str]) -> int:
     except click.ClickException as error:
         screen.error(error.format_message())
         return 2
-    except (click.Abort, KeyboardInterrupt):
-        if sys.stderr.isatty():
-            screen.say("")  # the terminal shows ^C where the line would begin
-        screen.error("interrupted")
-        return 130
-    except _Terminated:
-        screen.error("terminated")
-        return 143
     except BrokenPipeError:
         raise
-    except Exception as error:  # noqa: BLE001  (the last door: everything becomes a code and a line)
-        return _failed(error, debug=debug)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (all becomes a code and a line)
+        stopped = say_stopped(error)
+        return _failed(error, debug=debug) if stopped is None else stopped
     return 0
 
 
-def _failed(error: Exception, *, debug: bool) -> int:
+def _failed(error: BaseException, *, debug: bool) -> int:
     if debug:
         import traceback
 
@@ -98,7 +88,3 @@ def _failed(error: Exception, *, debug: bool) -> int:
         f"what --debug-traceback shows"
     )
     return 1
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise _Terminated

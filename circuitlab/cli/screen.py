@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two lines about one stage where stderr is not a terminal.
 LINE_EVERY = 10.0
+#: Seconds of the past from which a bar estimates what is to come.
+ESTIMATE_OVER = 600.0
 
 
 class Screen:
@@ -24,6 +26,8 @@ class Screen:
     quiet = False
     color = True
     progress = True
+    #: The console whose bars are shown just now.
+    live: Any = None
 
     @classmethod
     def reset(cls) -> None:
@@ -137,14 +141,30 @@ class _Lines:
 
     def __init__(self) -> None:
         self._stage, self._last = "", 0.0
+        self._started, self._first = 0.0, 0
 
     def __call__(self, description: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if description == self._stage and now - self._last < LINE_EVERY:
+        if description != self._stage:
+            self._stage, self._started, self._first = description, now, done
+        elif now - self._last < LINE_EVERY:
             return
-        self._stage, self._last = description, now
+        self._last = now
         of = f" of {total}" if total is not None else ""
-        say(f"{description}: {done}{of}" if done else f"{description} …")
+        line = f"{description}: {done}{of}" if done else f"{description} …"
+        # What an earlier run had done took none of this one's time.
+        if total is not None and self._first < done < total:
+            each = (now - self._started) / (done - self._first)
+            line += f", about {_duration(each * (total - done))} left"
+        say(line)
+
+
+def _duration(seconds: float) -> str:
+    """A time for people: ``40 s``, ``14 min``, ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 @contextmanager
@@ -154,24 +174,41 @@ def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
         MofNCompleteColumn,
         Progress,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        # Short, so that a terminal's ^C fits behind it and the bars can be wiped.
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("·"),
         TimeRemainingColumn(),
+        TextColumn("left", style="progress.remaining"),
     )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bars:
+    shown = console(stderr=True)
+    # Steps of half a minute and more still give an estimate.
+    with Progress(
+        *columns, console=shown, transient=True, speed_estimate_period=ESTIMATE_OVER
+    ) as bars:
         stages: dict[str, Any] = {}
 
         def listener(description: str, done: int, total: int | None) -> None:
             if description not in stages:
-                stages[description] = bars.add_task(visible(description), total=total)
+                # Begun with what is done, or the estimate would count it as done in no time.
+                stages[description] = bars.add_task(
+                    visible(description), total=total, completed=done
+                )
             bars.update(stages[description], completed=done)
 
-        yield listener
+        # A line written past the bars would be drawn over.
+        Screen.live = shown
+        try:
+            yield listener
+        finally:
+            Screen.live = None
 
 
 def _line(kind: str, message: str, style: str) -> None:
@@ -181,5 +218,6 @@ def _line(kind: str, message: str, style: str) -> None:
     else:
         from rich.text import Text
 
-        console(stderr=True).print(Text.assemble((f"{kind}: ", style), text), soft_wrap=True)
+        shown = Screen.live or console(stderr=True)
+        shown.print(Text.assemble((f"{kind}: ", style), text), soft_wrap=True)
     sys.stderr.flush()

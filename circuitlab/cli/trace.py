@@ -16,13 +16,18 @@ from click.core import ParameterSource
 
 from circuitlab.cli import result, screen
 from circuitlab.cli.installed import load_registry, warn_of_broken
+from circuitlab.cli.stopping import resumable, stoppable
 from circuitlab.cli.suggesting import Suggesting
-from circuitlab.errors import OptionError, QualityError, TaskError
+from circuitlab.errors import CircuitLabError, OptionError, QualityError, TaskError
 from circuitlab.export import check_target, write_circuit
 from circuitlab.options import Option
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from circuitlab.checkpoint import StateFile
+    from circuitlab.graph import CircuitGraph
     from circuitlab.tasks import Task
 
 METRICS = ("logit-difference", "answer-log-prob", "kl-divergence")
@@ -187,6 +192,8 @@ def _common() -> list[click.Option]:
         option("--dtype", type=click.Choice(("float32", "bfloat16", "float16", "float64")),
                default="float32", show_default=True, help="Type the weights are loaded in."),
         option("--seed", default=0, show_default=True, help="For what is drawn at random."),
+        option("--resume", type=path,
+               help="Keep the state of the run in this file; go on from what is there."),
         option("--revision", help="Commit, branch or tag of a hub model."),
         option("--offline", is_flag=True, help="Never ask the hub."),
         option("--trust-remote-code", is_flag=True, help="Run code the model carries."),
@@ -243,20 +250,19 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
     registry.check_annotators(values["annotate"])
     for path in values["output"]:
         check_target(path, registry.exporters)
+        if values["resume"] is not None and path.resolve() == values["resume"].resolve():
+            raise OptionError(f"--output and --resume both name {str(path)!r}; name two files")
     task = _task(registry, values)
     if values["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    options = {option.name: values[option.name] for option in analysis.options}
-    with screen.progress() as listener, screen.quiet_stdout():
-        circuit = _build(registry, analysis, task, values, options, listener)
-        warnings = list(circuit.graph["warnings"])
-        for path in values["output"]:
-            written = write_circuit(circuit, path, registry.exporters)
-            warnings += written
-            for warning in written:
-                screen.warn(warning)
-    run_id = uuid.uuid4().hex[:12]
-    result.show(circuit, values["output"], warnings, run_id, as_json=values["json"])
+    # The state is there until the result is written: what took hours may meet a full disk.
+    with resumable(values["resume"]) as state:
+        with screen.progress() as listener, screen.quiet_stdout():
+            circuit = _build(registry, analysis, task, values, state, listener)
+            warnings = list(circuit.graph["warnings"])
+            warnings += _write(circuit, values["output"], registry)
+        run_id = uuid.uuid4().hex[:12]
+        result.show(circuit, values["output"], warnings, run_id, as_json=values["json"])
     for name, least in thresholds:
         found = result.metrics(circuit).get(name)
         if found is None or found < least:
@@ -266,12 +272,28 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
             )
 
 
+def _write(circuit: CircuitGraph, paths: Sequence[Path], registry: Registry) -> list[str]:
+    """Write every file that can be written, whichever one fails; warnings about them."""
+    warnings: list[str] = []
+    failed: CircuitLabError | None = None
+    for path in paths:
+        try:
+            warnings += write_circuit(circuit, path, registry.exporters)
+        except CircuitLabError as error:
+            failed = failed or error
+    for warning in warnings:
+        screen.warn(warning)
+    if failed is not None:
+        raise failed
+    return warnings
+
+
 def _build(
     registry: Registry,
     analysis: Analysis,
     task: Task | None,
     values: dict[str, Any],
-    options: dict[str, Any],
+    state: StateFile,
     listener: Any,
 ) -> Any:
     from circuitlab.progress import listening
@@ -293,7 +315,7 @@ def _build(
         importlib.import_module("torch").set_num_threads(1)
     revision = f" at {model.revision}" if model.revision else ""
     screen.say(f"{model!r}{revision}")
-    with listening(listener, screen.warn):
+    with listening(stoppable(listener), screen.warn):
         return build_circuit(
             model,
             task,
@@ -304,8 +326,9 @@ def _build(
             allow_weak=values["allow_weak"],
             annotate=values["annotate"],
             seed=values["seed"],
+            resume=state,
             registry=registry,
-            **options,
+            **{option.name: values[option.name] for option in analysis.options},
         )
 
 

@@ -27,14 +27,21 @@ def edge_attribution(
     ] = "eap-ig",
     ig_steps: Annotated[int, "points on the path of eap-ig"] = 5,
     ig_rule: Annotated[
-        Literal["midpoint", "left"], "where they lie; left is what the code of EAP-IG does"
+        Literal["midpoint", "left", "adaptive"],
+        "where they lie; left is what the code of EAP-IG does, adaptive adds points and shares "
+        "jumps out where the gradient misses a change",
     ] = "midpoint",
     ablation: Annotated[
         Literal["counterfactual", "zero", "mean"], "what replaces an ablated component's output"
     ] = "counterfactual",
     top: Annotated[int | Literal["all"], "edges to keep, by absolute score"] = 40,
     threshold: Annotated[float | None, "keep edges of at least this absolute score"] = None,
-    verify: Annotated[int, "strongest edges to check by patching each one; 0 for none"] = 10,
+    verify: Annotated[
+        int, "strongest edges to check by patching each one, and as many of the others; 0 for none"
+    ] = 10,
+    fall_back: Annotated[
+        Literal["none", "exact"], "where the scores fail: score edges by patching each one instead"
+    ] = "none",
     batch_size: Annotated[int | Literal["auto"], "pairs per pass"] = "auto",
 ) -> CircuitGraph:
     """Score every edge by EAP or EAP-IG; say what the scores miss; patch the strongest to check.
@@ -42,6 +49,7 @@ def edge_attribution(
     Syed et al. 2023 (arXiv:2310.10348), Hanna et al. 2024 (arXiv:2403.17806).
     """
     from circuitlab_edge_attribution.attribution import edge_scores
+    from circuitlab_edge_attribution.fall_back import exact_circuit
     from circuitlab_edge_attribution.verdict import judge
 
     circuitlab.check_cut(top, threshold)
@@ -50,18 +58,17 @@ def edge_attribution(
     pairs = model.encode(task)
     size = None if batch_size == "auto" else batch_size
     scored = edge_scores(
-        model,
-        pairs,
-        method=method,
-        ig_steps=ig_steps,
-        ig_rule=ig_rule,
-        ablation=ablation,
+        model, pairs, method=method, ig_steps=ig_steps, ig_rule=ig_rule, ablation=ablation,
         batch_size=size,
-    )
+    )  # fmt: skip
     circuit = circuitlab.circuit_of(model.wiring, scored.scores, top=top, threshold=threshold)
-    circuit.graph["method"] = (
-        method if method == "eap" else f"{method}, {ig_steps} steps, {ig_rule}"
-    )
-    circuit.graph["ablation"] = ablation
-    judge(circuit, model, pairs, scored.completeness, ablation, verify=verify, batch_size=size)
-    return circuit
+    how = method if method == "eap" else f"{method}, {ig_steps} steps, {ig_rule}"
+    circuit.graph.update(method=how, ablation=ablation)
+    judge(circuit, model, pairs, scored, ablation, verify=verify, batch_size=size)
+    failed = scored.lost_jumps or circuit.graph["verdict"] == "not established"
+    if fall_back == "none" or not failed or not scored.completeness.effect:
+        return circuit
+    return exact_circuit(
+        circuit, model, pairs, scored.scores, ablation=ablation, top=top, threshold=threshold,
+        batch_size=size,
+    )  # fmt: skip

@@ -6,25 +6,28 @@ metric at what the receiver reads, before its norm. EAP-IG (Hanna et al. 2024, a
 averages that gradient over input embeddings between the ablated and the clean one.
 
 Both are exact where the metric is linear in the edge, and blind where it is flat at the points
-looked at. How much they miss as a whole is the completeness gap.
+looked at. How much they miss as a whole is the completeness gap. Rule ``adaptive`` looks for what
+is missed along the path, see ``ig_path`` and ``jumps``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from circuitlab import Ablation, Ablator, OptionError, Site, choose_batch_size, track
+from circuitlab_edge_attribution.ig_path import InputPath, walk
+from circuitlab_edge_attribution.jumps import Jump, locate, shares
 
 if TYPE_CHECKING:
     from circuitlab import EncodedTask, Run, TracedModel, Wiring
 
 Method = Literal["eap", "eap-ig"]
-Rule = Literal["midpoint", "left"]
+Rule = Literal["midpoint", "left", "adaptive"]
 
 #: Steps of the path whose gradients are kept and multiplied together: one product for all of them.
 RUNS = 5
@@ -70,11 +73,20 @@ class Completeness:
 class EdgeScores:
     """Scores ``[n_sources, n_receivers]`` in the order of ``model.wiring``, and their completeness.
 
-    A score estimates metric(edge patched) - metric(clean), mean over pairs.
+    A score estimates metric(edge patched) - metric(clean), mean over pairs. ``jumps`` are what rule
+    ``adaptive`` found; None with the other rules, which do not look. ``unresolved`` counts pairs
+    on which it looked at as many points as it may, and more are wanted.
     """
 
     scores: Tensor
     completeness: Completeness
+    jumps: tuple[Jump, ...] | None = None
+    unresolved: int = 0
+
+    @property
+    def lost_jumps(self) -> list[Jump]:
+        """Jumps that no edge's score has."""
+        return [jump for jump in self.jumps or () if not jump.shared]
 
 
 def edge_scores(
@@ -95,22 +107,27 @@ def edge_scores(
         method: Gradient at the clean input, or averaged along a path to it.
         ig_steps: Points on that path.
         ig_rule: Where they lie: ``midpoint`` (k + 1/2) / steps, or ``left`` k / steps from the
-            ablated end, as the code of Hanna et al. does.
+            ablated end, as the code of Hanna et al. does. ``adaptive`` begins with the midpoints,
+            adds points where the metric moves otherwise than the gradient says, and shares jumps
+            out among the edges that bring them about.
         ablation: What replaces a source's output: its output on the corrupt prompt, zero, or its
             mean over all clean prompts and real positions.
         batch_size: Pairs per pass; None chooses by memory.
 
     Raises:
-        OptionError: ``ig_steps`` or ``batch_size`` is below 1.
+        OptionError: ``ig_steps`` or ``batch_size`` is below 1, or rule ``adaptive`` with method
+            ``eap`` or a type narrower than float32.
         NumericsError: an activation or gradient is not finite.
     """
+    if ig_rule == "adaptive":
+        _check_adaptive(model, method)
     for name, value in (("ig_steps", ig_steps), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; give 1 or more")
     wiring = model.wiring
-    size = batch_size or choose_batch_size(model, pairs)
+    size = choose_batch_size(model, pairs, batch_size)
     alphas = _alphas(ig_steps, ig_rule) if method == "eap-ig" else None
-    scorer = _Scorer(model, Ablator(model, pairs, ablation, size), alphas)
+    scorer = _Scorer(model, Ablator(model, pairs, ablation, size), alphas, ig_rule == "adaptive")
     for batch in track(list(pairs.batches(size)), f"attributing {wiring.n_edges:,} edges"):
         scorer.add(batch)
     scores = scorer.total / len(pairs)
@@ -121,19 +138,38 @@ def edge_scores(
             cuts=_cut_sums(wiring, scores, corrupt=ablation == "counterfactual"),
             at_clean=scorer.at_clean / len(pairs),
         ),
+        tuple(scorer.jumps) if ig_rule == "adaptive" else None,
+        scorer.unresolved,
     )
+
+
+def _check_adaptive(model: TracedModel, method: Method) -> None:
+    if method == "eap":
+        raise OptionError(
+            "--ig-rule adaptive follows the path of eap-ig, and method eap has none; "
+            "use --method eap-ig, or leave --ig-rule out"
+        )
+    if model.dtype.itemsize < torch.float32.itemsize:
+        raise OptionError(
+            f"--ig-rule adaptive takes steps that {str(model.dtype).removeprefix('torch.')} does "
+            f"not resolve; run in a wider type (--dtype float32)"
+        )
 
 
 class _Scorer:
     """Scores batches with one method and one ablation."""
 
-    def __init__(self, model: TracedModel, ablator: Ablator, alphas: list[float] | None) -> None:
-        self.model, self.ablator, self.alphas = model, ablator, alphas
+    def __init__(
+        self, model: TracedModel, ablator: Ablator, alphas: list[float] | None, adaptive: bool
+    ) -> None:
+        self.model, self.ablator, self.alphas, self.adaptive = model, ablator, alphas, adaptive
         self.start = Site("resid_pre", 0)
         shape = (len(model.wiring.sources), len(model.wiring.receivers))
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.effect = 0.0
         self.at_clean = 0.0
+        self.jumps: list[Jump] = []
+        self.unresolved = 0
 
     def add(self, batch: EncodedTask) -> None:
         """Add a batch's scores, whole effect, and the sum of scores nearest the clean prompt."""
@@ -142,8 +178,12 @@ class _Scorer:
         reference = clean.logits[:, -1]
         embedding = clean[self.start].to(difference.dtype)
         ablated = self.ablator.logits(batch, embedding + difference[0], corrupt)
-        change = batch.score(ablated, reference) - batch.score(reference, reference)
-        self.effect += float(change.double().sum())
+        ends = batch.score(ablated, reference).double(), batch.score(reference, reference).double()
+        self.effect += float((ends[0] - ends[1]).sum())
+        if self.adaptive:
+            del clean, corrupt
+            self._walk(InputPath(self.model, batch, embedding, difference, reference, ends))
+            return
         runs = [clean]
         if self.alphas is None:
             self.total += self._scores(runs, difference)
@@ -159,6 +199,20 @@ class _Scorer:
                 self.total += self._scores(runs, difference) * share
         nearest = runs[-1].gradient(self.start).to(difference.dtype)
         self.at_clean += float((nearest * difference[0]).double().sum())
+
+    def _walk(self, path: InputPath) -> None:
+        """Add scores with as many points of the path as it needs, and what jumps it has."""
+        assert self.alphas is not None
+        walked = walk(path, len(self.alphas), self._scores)
+        self.total += walked.scores
+        self.at_clean += walked.at_clean
+        self.unresolved += walked.unresolved
+        for jump in locate(path, walked.gaps):
+            found = shares(path, jump)
+            if found is not None:
+                self.total += jump.size * found
+            number = path.batch.numbers[jump.pair]
+            self.jumps.append(replace(jump, pair=number, shared=found is not None))
 
     def _clean_run(self, batch: EncodedTask) -> Run:
         """The clean run, differentiated when the gradient is wanted there."""

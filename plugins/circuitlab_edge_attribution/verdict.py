@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from circuitlab import Edge, edge_effects
+from circuitlab_edge_attribution.exact_check import check
 
 if TYPE_CHECKING:
     from circuitlab import Ablation, CircuitGraph, EncodedTask, TracedModel
-    from circuitlab_edge_attribution.attribution import Completeness
+    from circuitlab_edge_attribution.attribution import EdgeScores
 
 #: The scores must account for this share of the whole effect.
 LEAST_EXPLAINED = 0.5
-#: An edge is confirmed when its exact effect has the score's sign and this share of its size.
-LEAST_EXACT = 0.1
 #: Confirmed edges must carry this share of the absolute scores that were checked.
 LEAST_CONFIRMED = 0.8
 
@@ -22,18 +21,18 @@ def judge(
     circuit: CircuitGraph,
     model: TracedModel,
     pairs: EncodedTask,
-    completeness: Completeness,
+    scored: EdgeScores,
     ablation: Ablation,
     *,
     verify: int,
     batch_size: int | None,
 ) -> None:
-    """Write the completeness gap, the exact check and the verdict into the circuit.
+    """Write the completeness gap, the jumps, the exact check and the verdict into the circuit.
 
     ``graph["verdict"]`` is ``established``, ``not established`` (with ``verdict_reason``), or
-    ``not checked`` when nothing was patched. Checked edges get ``exact`` and ``confirmed``.
-
+    ``not checked`` when nothing was patched. The verdict looks at the strongest edges alone.
     """
+    completeness = scored.completeness
     share = completeness.share
     circuit.graph["completeness"] = {
         "effect": completeness.effect,
@@ -43,7 +42,11 @@ def judge(
         "at_clean": completeness.at_clean,
         "cuts": completeness.cuts,
     }
-    confirmed = _check_strongest(circuit, model, pairs, ablation, verify, batch_size)
+    if scored.jumps is not None:
+        _write_jumps(circuit, scored)
+    confirmed = check(
+        circuit, model, pairs, scored.scores, ablation, verify=verify, batch_size=batch_size
+    )
     reasons = []
     if share is None:
         reasons.append("there is no effect to explain")
@@ -57,32 +60,21 @@ def judge(
         circuit.graph["verdict_reason"] = "; ".join(reasons)
 
 
-def _check_strongest(
-    circuit: CircuitGraph,
-    model: TracedModel,
-    pairs: EncodedTask,
-    ablation: Ablation,
-    verify: int,
-    batch_size: int | None,
-) -> float | None:
-    """Patch the strongest edges; the share of their scores that is confirmed, None for no edges."""
-    strongest = [effect for effect, _ in zip(circuit.effects(), range(verify), strict=False)]
-    strongest = [effect for effect in strongest if effect[3] != 0]
-    if not strongest:
-        return None
-    edges = [Edge(source, target, port) for source, target, port, _ in strongest]
-    exact = edge_effects(model, pairs, edges, ablation=ablation, batch_size=batch_size).mean(1)
-    total = good = 0.0
-    n_confirmed = 0
-    for (source, target, port, score), effect in zip(strongest, exact.tolist(), strict=True):
-        confirmed = effect * score > 0 and abs(effect) >= LEAST_EXACT * abs(score)
-        circuit.edges[source, target, port].update(exact=effect, confirmed=confirmed)
-        total += abs(score)
-        good += abs(score) * confirmed
-        n_confirmed += confirmed
-    circuit.graph["exact_check"] = {
-        "checked": len(strongest),
-        "confirmed": n_confirmed,
-        "confirmed_share": good / total,
-    }
-    return good / total
+def _write_jumps(circuit: CircuitGraph, scored: EdgeScores) -> None:
+    jumps, lost = scored.jumps or (), scored.lost_jumps
+    circuit.graph["jumps"] = [asdict(jump) for jump in jumps]
+    warnings = list(circuit.graph.get("warnings", ()))
+    if lost:
+        owners = sorted({jump.component or "a component that was not found" for jump in lost})
+        warnings.append(
+            f"{len(lost)} of {len(jumps)} jumps of the metric, at {', '.join(owners)}, belong to "
+            f"no edge's score; patch exactly instead (--fall-back exact)"
+        )
+    if scored.unresolved:
+        warnings.append(
+            f"the adaptive path has more bends and jumps than its points resolve, pairs: "
+            f"{scored.unresolved}; what is missing is in the completeness gap, and more --ig-steps "
+            f"help"
+        )
+    if warnings:
+        circuit.graph["warnings"] = warnings

@@ -40,6 +40,15 @@ def test_trace_writes_every_format_asked_for(lab: Lab, ids_model: Path, ids_task
     assert nx.read_graphml("c.graphml").number_of_edges() == 40
 
 
+def test_one_is_not_counted_as_many(lab: Lab) -> None:
+    """One pair, one edge, one effect; none and two are several."""
+    done = lab("trace", "path-patching", "--model", "gate-and", "--top", "1")
+    assert "task: 1 pair, metric" in done.out
+    assert "size: 1 of 13 edges, 4 components" in done.out
+    done = lab("trace", "path-patching", "--model", "gate-and", "--top", "1", "--scope", "nodes")
+    assert "size: 1 effect, 2 components" in done.out
+
+
 def test_trace_stamps_where_a_circuit_came_from(lab: Lab, ids_model: Path, ids_task: Path) -> None:
     """Model, task and its digest, options, seed, types and versions are in the file."""
     flags = ("--seed", "7", "--top", "3", "--method", "eap", "--output", "c.json")
@@ -315,3 +324,20 @@ def test_a_byte_order_mark_is_no_fault(lab: Lab, ids_task: Path) -> None:
     done = lab("tasks", "validate", ids_task)
     assert done.code == 3
     assert "is not UTF-8; save the file as UTF-8" in done.err
+
+
+def test_one_output_that_fails_costs_no_other(lab: Lab, tmp_path: Path) -> None:
+    """A plot of a circuit that has nothing to plot is refused; the files after it are written."""
+    plot, kept = tmp_path / "a.plot.png", tmp_path / "a.json"
+    done = lab("trace", "acdc", "--model", "gate-and", "-o", plot, "-o", kept)
+    assert done.code == 2
+    assert "nothing to plot" in done.err
+    assert kept.exists()
+    assert not plot.exists()
+
+
+def test_circuit_without_an_edge_of_the_model_is_no_mib_file(lab: Lab, tmp_path: Path) -> None:
+    """Total effects of tokens are no edges: refused, where an empty circuit would be written."""
+    done = lab("trace", "token-ablation", "--model", "gate-or", "-o", tmp_path / "t.mib.json")
+    assert (done.code, (tmp_path / "t.mib.json").exists()) == (3, False)
+    assert "write a .json" in done.err

@@ -16,8 +16,6 @@ from circuitlab import (
     Task,
     TaskError,
     TracedModel,
-    ablation,
-    choose_batch_size,
     load_model,
 )
 from circuitlab.ablation import Ablation
@@ -98,13 +96,3 @@ def test_uneven_prompts(model: TracedModel) -> None:
     for kind in ("zero", "mean"):
         clean = model.run(encoded.clean, read=model.source_sites)
         Ablator(model, encoded, kind, 1).difference(encoded, clean)
-
-
-def test_batch_size_follows_memory(
-    model: TracedModel, pairs: EncodedTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As many pairs as fit, never none and never more than there are."""
-    ends = len(model.wiring.sources) + len(model.wiring.receivers)
-    for memory, size in ((0, 1), (1, 1), (2.5, 2), (1000, 3)):
-        monkeypatch.setattr(ablation, "MEMORY", int(memory * ends * 5 * 16 * 8))
-        assert choose_batch_size(model, pairs) == size

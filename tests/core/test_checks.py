@@ -50,6 +50,9 @@ def port(offset: int, stride: int = 8) -> Projection:
         ({"mlp": "mlp.c_fc"}, "cannot be traced as GPT-2"),
         ({"attention_norm": "ln_2"}, "projected from the residual stream: off by"),
         ({"parallel": True}, "MLPs read the stream they are said to read: off by"),
+        ({"mlp_output_projection": "attn.c_proj", "d_mlp": 16}, "layers are projected to: off by"),
+        ({"mlp_output_projection": "mlp.act"}, "cannot be traced as GPT-2"),
+        ({"d_mlp": 16}, r"reads 64 numbers, and the architecture of GPT-2 says d_mlp = 16"),
         ({"output_projection": "mlp.c_proj"}, "cannot be traced as GPT-2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -60,6 +63,17 @@ def test_wrong_description_is_refused(changes: dict[str, Any], fact: str) -> Non
     model = traced(module, **changes)
     with pytest.raises(QualityError, match=fact):
         require(model, run_checks(model, probe(module)))
+
+
+def test_an_mlp_that_goes_on_behind_its_projection_is_refused() -> None:
+    """What is read at mlp_post must be all that the MLP writes, up to a linear map."""
+    module: Any = oracles.random_gpt2()
+    module.transformer.h[0].mlp.dropout = nn.Tanh()
+    model = traced(module)
+    with pytest.raises(QualityError, match="what their hidden layers are projected to: off by"):
+        require(model, run_checks(model, probe(module)))
+    without = traced(module, mlp_output_projection="", d_mlp=0)
+    require(without, run_checks(without, probe(module)))
 
 
 def test_model_that_pads_wrongly_is_refused() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hooked_passes import random_neox
+from path_scores import NeoX
 from torch import Tensor
 
 from circuitlab import (
-    Architecture,
     CircuitGraph,
     Edge,
     ModelError,
-    Projection,
     PromptPair,
     Site,
     Task,
@@ -116,64 +116,16 @@ def test_hook_annotate_circuit() -> None:
     assert all(data["task"] == "toy" for _, data in circuit.nodes(data=True))
 
 
-class NeoX:
-    """A family of another plugin: parallel blocks, heads interleaved in one projection."""
-
-    @hookimpl
-    def adapt_architecture(self, config: Any) -> Architecture | None:
-        if config.model_type != "gpt_neox":
-            return None
-        d_head = config.hidden_size // config.num_attention_heads
-        ports = [Projection("attention.query_key_value", n * d_head, 3 * d_head) for n in range(3)]
-        return Architecture(
-            family="GPT-NeoX",
-            n_layers=config.num_hidden_layers,
-            n_heads=config.num_attention_heads,
-            d_model=config.hidden_size,
-            d_head=d_head,
-            n_positions=config.max_position_embeddings,
-            embed="gpt_neox.embed_in",
-            blocks="gpt_neox.layers",
-            final_norm="gpt_neox.final_layer_norm",
-            attention_norm="input_layernorm",
-            attention="attention",
-            q=ports[0],
-            k=ports[1],
-            v=ports[2],
-            output_projection="attention.dense",
-            mlp_norm="post_attention_layernorm",
-            mlp="mlp",
-            parallel=config.use_parallel_residual,
-        )
-
-
-def neox() -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GPTNeoXForCausalLM(config).eval()
-
-
 def test_hook_adapt_architecture() -> None:
     """A family that a plugin describes passes the self-check; its gradients and effects are right.
 
     Gradients at all receivers sum to the stream's; the effect of an edge into logits is what comes
     of subtracting the source's output from the last stream.
     """
+    module: Any = random_neox(dtype=torch.float32)
     with pytest.raises(ModelError, match=r"family 'gpt_neox'.*no installed plugin describes"):
-        load_model((neox(), None))
-    model = load_model((neox(), None), registry=installed_and(NeoX()))
+        load_model((module, None))
+    model = load_model((module, None), registry=installed_and(NeoX()))
     assert (model.architecture.family, model.wiring.parallel) == ("GPT-NeoX", True)
 
     def metric(logits: Tensor) -> Tensor:

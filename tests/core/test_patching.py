@@ -24,10 +24,10 @@ from circuitlab import (
     TracedModel,
     edge_effects,
     load_model,
-    patching,
+    memory,
 )
 from circuitlab.ablation import Ablation
-from circuitlab.patching import Edge
+from circuitlab.wiring import Edge
 
 #: float64 sums of some hundred terms after norms that amplify what is small.
 TOLERANCE = 1e-9
@@ -113,7 +113,7 @@ def test_little_memory_gives_the_same(model: TracedModel, monkeypatch: pytest.Mo
     edges = model.wiring.edges
     expected = edge_effects(model, pairs, edges)
     for n_rows in (0, 1, 3):
-        monkeypatch.setattr(patching, "MEMORY", n_rows * 3 * 5 * 16 * 4)
+        monkeypatch.setitem(memory.PATCHES, "cpu", n_rows * 3 * 5 * 16 * 8)
         found = edge_effects(model, pairs, edges)
         assert float((found - expected).abs().max()) < TOLERANCE
 

@@ -32,6 +32,15 @@ def test_total_of_a_generator(told: Told) -> None:
     assert told == [("x", n, None) for n in range(3)] + [("y", n, 2) for n in range(3)]
 
 
+def test_what_was_done_before_counts(told: Told) -> None:
+    """A run that goes on begins at what an earlier one had done, of all there is to do."""
+    assert list(track("de", "spelling", done=3)) == ["d", "e"]
+    assert told == [("spelling", n, 5) for n in (3, 4, 5)]
+    told.clear()
+    assert list(track(iter("e"), "x", total=5, done=4)) == ["e"]
+    assert told == [("x", 4, 5), ("x", 5, 5)]
+
+
 def test_step_is_told_when_it_is_done(told: Told) -> None:
     """A step counts once its work is done, not when it begins; a broken loop stops counting."""
     for item in track([10, 20, 30], "work"):

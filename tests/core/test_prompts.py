@@ -110,15 +110,15 @@ def test_to_moves_every_tensor() -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_tokens_rows_and_expand() -> None:
-    """Rows keep two dimensions and expanding repeats each row in place."""
+def test_tokens_rows_and_repeat() -> None:
+    """Rows keep two dimensions, and all rows repeat in their order."""
     tokens = encode_prompts(None, [(1,), (2, 3), (4,)], vocab_size=9, n_positions=9)
     assert tokens.rows(-1).ids.tolist() == [[0, 4]]
     assert tokens.rows(slice(1, 3)).ids.tolist() == [[2, 3], [0, 4]]
     assert tokens.rows([2, 0]).mask.tolist() == [[False, True], [False, True]]
     assert tokens.rows(torch.tensor([1])).ids.tolist() == [[2, 3]]
-    assert tokens.expand(2).ids.tolist() == [[0, 1], [0, 1], [2, 3], [2, 3], [0, 4], [0, 4]]
-    assert tokens.expand(2).mask.tolist()[2:4] == [[True, True], [True, True]]
+    assert tokens.repeat(2).ids.tolist() == 2 * [[0, 1], [2, 3], [0, 4]]
+    assert tokens.repeat(2).mask.tolist() == 2 * [[False, True], [True, True], [False, True]]
 
 
 id_pairs = st.lists(

@@ -13,15 +13,18 @@ NAMES = [
     "Ablation",
     "Ablator",
     "Architecture",
+    "Checkpoint",
     "CircuitGraph",
     "CircuitLabError",
     "Edge",
     "EncodedTask",
     "GraphError",
     "Metric",
+    "Mode",
     "ModelError",
     "NumericsError",
     "OptionError",
+    "Patcher",
     "PluginError",
     "Projection",
     "PromptPair",
@@ -43,6 +46,7 @@ NAMES = [
     "edge_effects",
     "hookimpl",
     "load_model",
+    "patchers",
     "read_circuit",
     "read_task",
     "track",
@@ -52,6 +56,7 @@ NAMES = [
 
 LIGHT = (
     "circuitlab",
+    "circuitlab.checkpoint",
     "circuitlab.cli",
     "circuitlab.cli.commands",
     "circuitlab.registry",
@@ -79,7 +84,7 @@ def test_public_name_leads_somewhere(name: str) -> None:
     """Every name can be imported, comes from CircuitLab, and is explained."""
     value = getattr(circuitlab, name)
     assert name in dir(circuitlab)
-    if name not in ("Ablation", "hookimpl"):  # a Literal and pluggy's marker
+    if name not in ("Ablation", "Mode", "hookimpl"):  # two Literals and pluggy's marker
         assert value.__module__.startswith("circuitlab.")
         assert (value.__doc__ or "").strip()
 

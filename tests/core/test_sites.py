@@ -81,6 +81,6 @@ def test_sites_are_values() -> None:
 def test_shape_in_words(kind: str) -> None:
     """Every kind states its shape."""
     shape = Site(kind, 0 if kind in BLOCK_KINDS else None).shape
-    axes = {"pattern": "n_heads, query, key", "logits": "pos, vocab"}
+    axes = {"pattern": "n_heads, query, key", "logits": "pos, vocab", "mlp_post": "pos, d_mlp"}
     per_head = "pos, n_heads, d_head" if kind in HEAD_KINDS else "pos, d_model"
     assert shape == f"[batch, {axes.get(kind, per_head)}]"

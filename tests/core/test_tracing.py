@@ -23,7 +23,7 @@ WHOLE = [Site("embed")] + [
     Site(kind, 1)
     for kind in (
         *("resid_pre", "q", "k", "v", "z", "pattern", "attn_out"),
-        *("resid_mid", "mlp_in", "mlp_out", "resid_post"),
+        *("resid_mid", "mlp_in", "mlp_post", "mlp_out", "resid_post"),
     )
 ]
 WRITTEN = [
@@ -37,6 +37,7 @@ WRITTEN = [
     Site("resid_pre", 2, position=-2),
     Site("resid_mid", 1, position=-1),
     Site("mlp_in", 2, position=4),
+    Site("mlp_post", 2, position=1),
     Site("resid_post", 2),
 ]
 
@@ -76,6 +77,7 @@ PLACES = {
     "attn_out": (".attn", "output"),
     "resid_mid": (".ln_2", "input"),
     "mlp_in": (".ln_2", "input"),
+    "mlp_post": (".mlp.c_proj", "input"),
     "mlp_out": (".mlp", "output"),
     "resid_post": ("", "output"),
 }
@@ -185,7 +187,7 @@ def test_read_equals_plain_hook(
 def test_all_sites_at_once(module: nn.Module, model: TracedModel, tokens: Tokens) -> None:
     """Reading everything in one pass gives what reading each alone gives."""
     sites = [Site(s.kind, n) for s in WHOLE[1:] for n in range(N_LAYERS)] + [Site("embed")]
-    run = model.run(tokens, read=sites)
+    run = model.run(tokens, read=sites, logits="all")
     for site in sites:
         assert torch.equal(run[site], read_plainly(module, tokens, site)), site
 

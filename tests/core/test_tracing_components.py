@@ -154,6 +154,64 @@ def test_head_weights_are_the_models(module: Any, model: TracedModel, tokens: To
     assert torch.equal(output[1], attn.c_proj.weight[8:])
 
 
+def test_what_a_hidden_change_writes_is_the_change_times_its_reader(
+    model: TracedModel, tokens: Tokens
+) -> None:
+    """One head's z reaches the stream through its own rows, the MLP's hidden layer through all."""
+    for site, out in ((Site("z", 1, head=1), "attn_out"), (Site("mlp_post", 1), "mlp_out")):
+        (weight,) = model.reading_weights(site)
+        written = Site(out, 1)
+        run = model.run(tokens, read=[site, written])
+        change = torch.randn(run[site].shape, generator=torch.Generator().manual_seed(0))
+        changed = model.run(tokens, write={site: run[site] + change}, read=[written])
+        assert gap(changed[written] - run[written], change.double() @ weight) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "blind"),
+    [
+        ("resid_pre", {"attn.c_attn": 1, "mlp.c_fc": 1}),
+        ("resid_mid", {"mlp.c_fc": 1}),
+        ("resid_post", {}),
+    ],
+)
+def test_readers_of_the_stream_are_all_that_come_after(kind: str, blind: dict[str, int]) -> None:
+    """A direction that they are blind to changes no logit; each of them can end its blindness."""
+    module: Any = oracles.random_gpt2(3, 2, 16, layer_norm=False, seed=4)
+    direction = torch.nn.functional.normalize(torch.arange(16.0, dtype=torch.float64), dim=0)
+    readers = [(name, 1) for name in blind] + [(name, 2) for name in ("attn.c_attn", "mlp.c_fc")]
+    weights = [module.transformer.h[n].get_submodule(name).weight for name, n in readers]
+    weights.append(module.lm_head.weight.T)
+    with torch.no_grad():
+        for weight in weights:
+            weight -= torch.outer(direction, direction @ weight)
+    model, site = load_model((module, None)), Site(kind, 1)
+    tokens = model.tokens([(3, 1, 4, 1, 5, 9)])
+    run = model.run(tokens, read=[site])
+
+    def seen() -> tuple[float, float]:
+        changed = model.run(tokens, write={site: run[site] + direction})
+        felt = max(float((direction @ w).abs().max()) for w in model.reading_weights(site))
+        return felt, float((changed.logits - run.logits).abs().max())
+
+    assert max(seen()) < TOLERANCE
+    for weight in weights:
+        with torch.no_grad():
+            weight += 0.5 * direction[:, None]
+            assert min(seen()) > 1e-3
+            weight -= 0.5 * direction[:, None]
+
+
+def test_norms_are_folded_into_readers() -> None:
+    """LayerNorm takes the mean out, so nothing after it sees a constant; its gain is folded."""
+    module: Any = oracles.random_gpt2(3, 2, 16, seed=4)
+    model = load_model((module, None))
+    folded = torch.cat(list(model.reading_weights(Site("resid_post", 2))), 1)
+    assert float(folded.sum(0).abs().max()) < TOLERANCE
+    gained = module.transformer.ln_f.weight[:, None] * module.lm_head.weight.T
+    assert torch.linalg.matrix_rank(torch.cat([folded, gained - gained.mean(0)], 1)) == 15
+
+
 def test_attention_bias(module: Any, model: TracedModel) -> None:
     """The bias is the output projection's, detached."""
     module.transformer.h[2].attn.c_proj.bias.requires_grad_(True)
@@ -176,6 +234,8 @@ def test_what_a_model_does_not_have_is_refused(model: TracedModel, tokens: Token
         model.projected(Site("z", 0), stream)
     with pytest.raises(SiteError, match="layers run from 0 to 2"):
         model.projected(Site("q", 5), stream)
+    with pytest.raises(SiteError, match=r"z\.0 has no readers of its own; give z of one head"):
+        next(model.reading_weights(Site("z", 0)))
     with pytest.raises(SiteError, match=r"z\.0 was not kept; name it in run\(\.\.\., read="):
         model.source_outputs(model.run(tokens, read=[Site("resid_pre", 0)]))
     with pytest.raises(SiteError, match="gradient_at="):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +122,51 @@ def test_row_30_models_check_lists_what_holds(lab: Lab, ids_model: Path) -> None
     assert all(float(row[2]) <= float(row[3]) for row in rows)
 
 
+# --- 31: gated ------------------------------------------------------------------------------------
+
+
+def _hub(port: int) -> dict[str, str]:
+    """Environment of a process that takes this port of this machine for the hub."""
+    return {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "*", "NO_PROXY": "*"}
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "GatedRepo", "is gated or private: accept its terms on its page, then log in with"),
+        (401, "", "is gated or private: accept its terms on its page, then log in with"),
+        (401, "RepoNotFound", "the hub has no such repository, or it is private"),
+        (404, "RepoNotFound", "the hub has no such repository, or it is private"),
+    ],
+)
+def test_row_31_what_the_hub_answers_is_said(
+    status: int, code: str, expected: str, process: Callable[..., Any]
+) -> None:
+    """A gated repository and one that is not there are told apart by the hub's own answer."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        token = "hf_" + "x" * 34
+        env = {**_hub(hub.server_port), "HF_TOKEN": token}
+        done = process("models", "check", "someone/some-model", env=env)
+        hub.shutdown()
+    assert expected in refused(done)
+    assert "HF_TOKEN" in done.err
+    assert token not in done.err
+
+
 # --- 32: offline ----------------------------------------------------------------------------------
 
 
@@ -140,15 +187,21 @@ def test_row_32_offline_and_not_cached_gives_the_command(
 
 
 def test_row_32_a_hub_that_cannot_be_reached_is_no_hang(process: Callable[..., Any]) -> None:
-    """A port that nobody listens at ends in the same line, within seconds."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    started = time.monotonic()
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "no_proxy": "*", "NO_PROXY": "*"}
-    done = process("models", "check", "someone/some-model", env=env)
+    """A port that nobody listens at ends in the same line, within seconds, whatever its number."""
+    with socket.socket() as unused:  # bound and not listening: nobody else gets it meanwhile
+        port = next(p for p in range(40_100, 40_200) if _bound(unused, p))  # 401 is no status here
+        started = time.monotonic()
+        done = process("models", "check", "someone/some-model", env=_hub(port))
     assert "huggingface-cli download someone/some-model" in refused(done)
     assert time.monotonic() - started < 30  # most of it is importing torch on a busy machine
+
+
+def _bound(connection: socket.socket, port: int) -> bool:
+    try:
+        connection.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "file.bin"])

@@ -8,7 +8,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from circuitlab_edge_attribution.attribution import Completeness, edge_scores
+from circuitlab_edge_attribution.attribution import Completeness, EdgeScores, edge_scores
 from circuitlab_edge_attribution.verdict import judge
 from torch import Tensor
 
@@ -30,11 +30,11 @@ def test_known_circuit_is_found_and_established(name: str, method: str) -> None:
     assert kept(circuit) == zoo.known_edges(name, sense="effective")
     assert circuit.graph["verdict"] == "established"
     assert "verdict_reason" not in circuit.graph
-    assert circuit.graph["exact_check"] == {
-        "checked": 5,
-        "confirmed": 5,
-        "confirmed_share": 1.0,
-    }
+    check = circuit.graph["exact_check"]
+    counts = {key: check[key] for key in ("checked", "confirmed", "confirmed_share")}
+    assert counts == {"checked": 5, "confirmed": 5, "confirmed_share": 1.0}
+    assert check["missed"]["estimate"] == 0
+    assert check["missed"]["interval"] == [0, 0]
     for _, _, data in circuit.edges(data=True):
         assert data["confirmed"]
         assert data["exact"] * data["score"] > 0
@@ -96,10 +96,14 @@ def judged(
     for name in (*model.wiring.sources, "logits"):
         component = model.wiring.component(name)
         circuit.add_component(name, kind=component.kind, layer=component.layer)
+    matrix = torch.zeros(len(model.wiring.sources), len(model.wiring.receivers))
+    columns = {tuple(receiver): n for n, receiver in enumerate(model.wiring.receivers)}
     for (source, target, port), score in scores.items():
         circuit.add_effect(source, target, score, port=port)
+        matrix[model.wiring.source_rows[source], columns[target, port]] = score
     completeness = Completeness(effect=-1.0, cuts={"resid_pre.0": -share}, at_clean=-share)
-    judge(circuit, model, pairs, completeness, "counterfactual", verify=verify, batch_size=None)
+    scored = EdgeScores(matrix, completeness)
+    judge(circuit, model, pairs, scored, "counterfactual", verify=verify, batch_size=None)
     return circuit
 
 
@@ -149,7 +153,9 @@ def test_no_effect_is_not_established() -> None:
     model = load_model("gate-add")
     pairs = model.encode(next(task for task in zoo.tasks() if task.name == "gate-add"))
     circuit = CircuitGraph()
-    judge(circuit, model, pairs, nothing, "counterfactual", verify=3, batch_size=None)
+    matrix = torch.zeros(len(model.wiring.sources), len(model.wiring.receivers))
+    scored = EdgeScores(matrix, nothing)
+    judge(circuit, model, pairs, scored, "counterfactual", verify=3, batch_size=None)
     assert circuit.graph["verdict"] == "not established"
     assert circuit.graph["verdict_reason"] == "there is no effect to explain"
 
@@ -158,8 +164,15 @@ def test_only_the_strongest_are_checked() -> None:
     """As many as asked for, the strongest; with none the circuit says that it was not checked."""
     one = judged(TRUE, verify=1)
     assert "exact" in one.edges["m0", "logits", ""]
-    assert "exact" not in one.edges["input", "a0.h0", "v"]
     assert one.graph["exact_check"]["checked"] == 1
+    strata = {tuple(e[k] for k in ("source", "target", "port")): e["stratum"]
+              for e in one.graph["exact_check"]["sampled"]}  # fmt: skip
+    assert [edge for edge, stratum in strata.items() if stratum == "top"] == [("m0", "logits", "")]
+    # The other edge of the circuit is all of the middle; the verdict does not ask it.
+    assert strata["input", "a0.h0", "v"] == "middle"
+    wrong = judged({("m0", "logits", ""): -1.0, ("input", "a0.h0", "v"): 0.5}, verify=1)
+    assert not wrong.edges["input", "a0.h0", "v"]["confirmed"]
+    assert wrong.graph["verdict"] == "established"
     none = judged(TRUE, verify=0)
     assert none.graph["verdict"] == "not checked"
     assert "exact_check" not in none.graph

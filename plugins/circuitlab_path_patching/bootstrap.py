@@ -1,0 +1,61 @@
+"""Bootstrap intervals over prompt pairs: percentile, 95 %, seeded; resamples draw whole pairs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from circuitlab import EncodedTask
+
+RESAMPLES = 2000
+_ENDS = (0.025, 0.975)
+
+Interval = tuple[float, float]
+
+
+def distinct_rows(pairs: EncodedTask) -> list[int]:
+    """First row of each different pair: a pair told twice is no second observation."""
+    first: dict[tuple[tuple[int, ...], ...], int] = {}
+    for row in range(len(pairs)):
+        parts = (pairs.clean, pairs.corrupt)
+        key = tuple(tuple(part.ids[row][part.mask[row]].tolist()) for part in parts)
+        first.setdefault(key, row)
+    return list(first.values())
+
+
+def mean_intervals(values: Tensor, seed: int = 0) -> list[Interval | None]:
+    """Interval of the mean of each row of ``[n, n_pairs]``; None for a single pair."""
+    n_pairs = values.shape[1]
+    if n_pairs < 2:
+        return [None] * len(values)
+    means = _counts(n_pairs, seed) @ values.double().T / n_pairs
+    low, high = torch.quantile(means, means.new_tensor(_ENDS), dim=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def ratio_interval(above: Tensor, below: Tensor, seed: int = 0) -> Interval | None:
+    """Interval of mean(above) / mean(below) over the same pairs, ``[n_pairs]`` each.
+
+    None for a single pair, and where a resample has nothing to divide by.
+    """
+    n_pairs = len(above)
+    counts = _counts(n_pairs, seed)
+    divisors = counts @ below.double()
+    if n_pairs < 2 or not bool((divisors > 0).all()):
+        return None
+    low, high = torch.quantile(
+        counts @ above.double() / divisors, torch.tensor(_ENDS, dtype=torch.float64)
+    ).tolist()
+    return low, high
+
+
+def _counts(n_pairs: int, seed: int) -> Tensor:
+    """How often each resample drew each pair, ``[resamples, n_pairs]``, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(n_pairs, (RESAMPLES, n_pairs), generator=generator)
+    counts = torch.zeros(RESAMPLES, n_pairs, dtype=torch.float64)
+    return counts.scatter_add_(1, draws, torch.ones_like(counts))

@@ -1,0 +1,1 @@
+"""Gates: groups of members in every mixture of clean and corrupt."""

@@ -1,0 +1,1 @@
+"""Paths: single ones, from senders to receivers, and hypotheses of them."""
