@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from circuitlab.ablation import Ablation, Ablator
     from circuitlab.architectures import Architecture, Projection
+    from circuitlab.bootstrap import Interval, distinct_rows, mean_intervals, ratio_interval
     from circuitlab.builder import build_circuit
     from circuitlab.checkpoint import Checkpoint
     from circuitlab.errors import (
@@ -41,29 +42,29 @@ if TYPE_CHECKING:
     from circuitlab.sites import Site
     from circuitlab.task_files import read_task, write_task
     from circuitlab.tasks import PromptPair, Task
+    from circuitlab.weights import HeadWeights, Weights
     from circuitlab.wiring import Edge, ReceiverBlock, Wiring
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Mode": "patcher",
-    "Patcher": "patcher",
-    "edge_effects": "patching",
-    "patchers": "patcher",
-    "Edge": "wiring",
-    "choose_batch_size": "memory",
-    "Ablator": "ablation",
     "Ablation": "ablation",
+    "Ablator": "ablation",
     "Architecture": "architectures",
     "Checkpoint": "checkpoint",
     "CircuitGraph": "render",  # with what draws it in notebooks
     "CircuitLabError": "errors",
+    "Edge": "wiring",
     "EncodedTask": "prompts",
     "GraphError": "errors",
+    "HeadWeights": "weights",
+    "Interval": "bootstrap",
     "Metric": "metrics",
+    "Mode": "patcher",
     "ModelError": "errors",
     "NumericsError": "errors",
     "OptionError": "errors",
+    "Patcher": "patcher",
     "PluginError": "errors",
     "Projection": "architectures",
     "PromptPair": "tasks",
@@ -77,12 +78,19 @@ _HOME = {
     "TaskError": "errors",
     "Tokens": "prompts",
     "TracedModel": "model",
+    "Weights": "weights",
     "Wiring": "wiring",
     "build_circuit": "builder",
     "check_cut": "selection",
+    "choose_batch_size": "memory",
     "circuit_of": "selection",
+    "distinct_rows": "bootstrap",
+    "edge_effects": "patching",
     "hookimpl": "hookspecs",
     "load_model": "loading",
+    "mean_intervals": "bootstrap",
+    "patchers": "patcher",
+    "ratio_interval": "bootstrap",
     "read_circuit": "export",
     "read_task": "task_files",
     "track": "progress",
@@ -100,6 +108,8 @@ __all__ = [
     "Edge",
     "EncodedTask",
     "GraphError",
+    "HeadWeights",
+    "Interval",
     "Metric",
     "Mode",
     "ModelError",
@@ -119,15 +129,19 @@ __all__ = [
     "TaskError",
     "Tokens",
     "TracedModel",
+    "Weights",
     "Wiring",
     "build_circuit",
     "check_cut",
     "choose_batch_size",
     "circuit_of",
+    "distinct_rows",
     "edge_effects",
     "hookimpl",
     "load_model",
+    "mean_intervals",
     "patchers",
+    "ratio_interval",
     "read_circuit",
     "read_task",
     "track",

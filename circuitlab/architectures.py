@@ -51,6 +51,12 @@ class Architecture:
         mlp_output_projection: Maps the MLP's hidden layer back to the residual stream; empty where
             it is not told, or no one linear map: then there is no ``mlp_post``.
         d_mlp: Width of that hidden layer; 0 without ``mlp_output_projection``.
+        position_embed: Learned position embedding that is added to the tokens'; empty where there
+            is none.
+        rotary: Module that gives ``(cos, sin)`` of rotary embeddings, second half of the columns
+            turned against the first (Llama, GPT-NeoX); empty where there are none.
+        n_kv_heads: Key and value heads that the queries share in groups; 0 for one each.
+        score_scales: What each layer multiplies ``q · k`` by; empty for ``1 / sqrt(d_head)``.
     """
 
     family: str
@@ -75,6 +81,10 @@ class Architecture:
     attention_outputs: int = 2
     mlp_output_projection: str = ""
     d_mlp: int = 0
+    position_embed: str = ""
+    rotary: str = ""
+    n_kv_heads: int = 0
+    score_scales: tuple[float, ...] = ()
 
     @property
     def wiring(self) -> Wiring:
@@ -84,6 +94,14 @@ class Architecture:
     def block(self, layer: int, path: str = "") -> str:
         """Full path of a module of block ``layer``; of the block itself when ``path`` is empty."""
         return f"{self.blocks}.{layer}.{path}" if path else f"{self.blocks}.{layer}"
+
+    def n_heads_of(self, kind: str) -> int:
+        """Number of heads of a per-head site: fewer for k and v where queries share them."""
+        return self.n_kv_heads or self.n_heads if kind in ("k", "v") else self.n_heads
+
+    def score_scale(self, layer: int) -> float:
+        """What a layer multiplies ``q · k`` by."""
+        return self.score_scales[layer] if self.score_scales else self.d_head**-0.5
 
     def projection(self, port: str) -> Projection:
         """The projection behind port q, k or v."""
@@ -107,6 +125,7 @@ class Architecture:
             last,
             self.final_norm,
             self.unembedding,
+            *filter(None, [self.position_embed, self.rotary]),
         )
 
 
@@ -123,8 +142,10 @@ def gpt2(config: PretrainedConfig) -> Architecture | None:
             "the GPT-2 model has cross-attention, which writes to the residual stream beside heads "
             "and MLPs; circuits of decoder-only GPT-2 models can be traced"
         )
-    d_model, n_heads = config.n_embd, config.n_head
+    d_model, n_heads, layers = config.n_embd, config.n_head, range(config.n_layer)
     d_head = d_model // n_heads
+    scale = d_head**-0.5 if config.scale_attn_weights else 1.0
+    by_layer = [layer + 1 if config.scale_attn_by_inverse_layer_idx else 1 for layer in layers]
     return Architecture(
         family="GPT-2",
         n_layers=config.n_layer,
@@ -145,6 +166,8 @@ def gpt2(config: PretrainedConfig) -> Architecture | None:
         mlp="mlp",
         mlp_output_projection="mlp.c_proj",
         d_mlp=config.n_inner or 4 * d_model,
+        position_embed="transformer.wpe",
+        score_scales=tuple(scale / divisor for divisor in by_layer),
     )
 
 

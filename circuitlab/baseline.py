@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from circuitlab.bootstrap import distinct_rows, mean_intervals
 from circuitlab.errors import NumericsError, TaskError
 from circuitlab.memory import choose_batch_size
 from circuitlab.model import TracedModel
 from circuitlab.progress import track
 from circuitlab.prompts import EncodedTask
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,15 @@ class Baseline:
         accuracy: Share of pairs whose clean run ranks a right answer above every wrong one; with no
             wrong answers, above every other token.
         chance: Accuracy of guessing among the answers.
-        distinct: Rows that repeat no earlier pair, ``[n_distinct]``; None where no row does. An
-            interval is taken over these alone: a repeated pair is no further evidence.
+        distinct: Rows that repeat no earlier pair; None for all. An interval is taken over these
+            alone: a repeated pair is no further evidence.
     """
 
     clean: Tensor
     corrupt: Tensor
     accuracy: float
     chance: float
-    distinct: Tensor | None = None
+    distinct: list[int] | None = None
 
     @property
     def effect(self) -> float:
@@ -47,14 +46,7 @@ class Baseline:
         change = self.corrupt - self.clean
         if self.distinct is not None:
             change = change[self.distinct]
-        n = len(change)
-        if n < 2:
-            return None
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(0, n, (RESAMPLES, n), generator=generator)
-        means = change[picks].mean(1)
-        low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-        return low, high
+        return mean_intervals(change[None], seed)[0]
 
     def weak(self, seed: int = 0) -> bool:
         """Whether the effect is within its own noise: its interval holds 0."""
@@ -95,7 +87,7 @@ def measure(model: TracedModel, pairs: EncodedTask) -> Baseline:
         right += _right(batch, logits)
     chance = _chance(pairs, model.vocab_size)
     scores = torch.cat(clean), torch.cat(corrupt)
-    return Baseline(*scores, right / len(pairs), chance, _distinct(pairs))
+    return Baseline(*scores, right / len(pairs), chance, distinct_rows(pairs))
 
 
 def check(baseline: Baseline, pairs: EncodedTask, *, allow_weak: bool, seed: int = 0) -> list[str]:
@@ -148,16 +140,6 @@ def _logits(model: TracedModel, batch: EncodedTask, part: Literal["clean", "corr
         raise NumericsError(
             f"task {batch.task.name!r}, {part} prompts of pairs {pairs}: {error}"
         ) from error
-
-
-def _distinct(pairs: EncodedTask) -> Tensor | None:
-    """First row of each pair, in order; None where all rows differ."""
-    first: dict[tuple[tuple[int, ...], ...], int] = {}
-    parts = (pairs.clean, pairs.corrupt)
-    for row in range(len(pairs)):
-        key = tuple(tuple(part.ids[row][part.mask[row]].tolist()) for part in parts)
-        first.setdefault(key, row)
-    return None if len(first) == len(pairs) else torch.tensor(list(first.values()))
 
 
 def _right(batch: EncodedTask, logits: Tensor) -> int:

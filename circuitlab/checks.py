@@ -119,7 +119,7 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     identity = model.run(plain.tokens, write=written, logits="all").logits
     alone = model.run(plain.tokens.rows([1]).trimmed(), logits="all").logits
     real = plain.logits[mask]
-    projected = [model.projected(s, run[Site("resid_pre", s.layer)])[mask] for s in ports]
+    projected = [model.weights.projected(s, run[Site("resid_pre", s.layer)])[mask] for s in ports]
     return [
         _check("logits equal plain Hugging Face", run.logits[mask], real, model),
         _check(
@@ -185,7 +185,7 @@ def _summed(model: TracedModel, run: Any) -> Tensor:
     """Sum of all sources and of the constants attention adds to its heads (the output bias)."""
     total = model.source_outputs(run).sum(0)
     for layer in range(model.n_layers):
-        total += model.attention_bias(layer)
+        total += model.weights.attention_bias(layer)
     return total
 
 
@@ -196,7 +196,7 @@ def _hidden_layers(model: TracedModel, tokens: Tokens) -> list[Check]:
     layers = range(model.n_layers)
     sites = [Site(k, n) for k in ("mlp_post", "mlp_out") for n in layers]
     run = model.run(tokens, read=sites, logits="all")
-    weights = [next(model.reading_weights(Site("mlp_post", n))) for n in layers]
+    weights = [next(model.weights.reading(Site("mlp_post", n))) for n in layers]
     hidden = [run[Site("mlp_post", n)][tokens.mask].double() for n in layers]
     written = torch.stack([run[Site("mlp_out", n)] for n in layers])[:, tokens.mask].double()
     expected = torch.stack([value @ weight for value, weight in zip(hidden, weights, strict=True)])

@@ -143,7 +143,7 @@ class _Walk:
         for head in held:
             self.held[first + head] = self.patcher.head_output(layer, head, z[..., head, :])
         if free:
-            weight = self.model.head_weights(layer, "o")[free]
+            weight = self.model.weights.heads(layer, "o")[free]
             self._write(z[..., free, :].flatten(-2) @ weight.flatten(0, 1))
 
     def _mlp(self, block: ReceiverBlock, stream: Tensor | None) -> None:

@@ -36,6 +36,7 @@ class TracedModel:
         name: Where it came from: a bundled name, folder, hub id, or class name.
         architecture: Module paths and sizes.
         tokenizer: None for a model that reads token ids.
+        weights: Its weights by head and by reader, as they are or with norms folded in.
         revision: Commit of a hub model, or digest of bundled weights; None where unknown.
         task_name: Name of the task a bundled model was made for; None otherwise.
     """
@@ -58,7 +59,7 @@ class TracedModel:
         self._module = module
         self._locator = Locator(architecture)
         self._tracer = Tracer(module)
-        self._weights = Weights(module, self._locator)
+        self.weights = Weights(module, self._locator)
 
     def __repr__(self) -> str:
         return (
@@ -257,7 +258,7 @@ class TracedModel:
             first = self.wiring.first_source(layer)
             heads = outputs[first : first + self.n_heads].view(self.n_heads, batch * pos, -1)
             z = value(Site("z", layer)).to(dtype).flatten(0, 1).transpose(0, 1)
-            torch.matmul(z, self.head_weights(layer, "o").to(dtype), out=heads)
+            torch.matmul(z, self.weights.heads(layer, "o").to(dtype), out=heads)
             outputs[first + self.n_heads] = value(Site("mlp_out", layer))
         if not run.mask.all():
             outputs.mul_(run.mask[None, :, :, None])
@@ -286,63 +287,6 @@ class TracedModel:
                 total = total + run.gradient(site)
             yield block, (total / len(runs))[None]
 
-    def head_weights(self, layer: int, which: Literal["q", "k", "v", "o"]) -> Tensor:
-        """Weights of all heads of a layer, not folded.
-
-        Returns:
-            ``[n_heads, d_model, d_head]`` for q, k and v; ``[n_heads, d_head, d_model]`` for o;
-            row vectors multiply from the left. A view of the model's own weights: do not change it.
-
-        Raises:
-            SiteError: the layer does not exist.
-        """
-        return self._weights.heads(layer, which)
-
-    def attention_bias(self, layer: int) -> Tensor:
-        """What a layer's attention adds beside its heads, ``[d_model]``; the same for every prompt.
-
-        Raises:
-            SiteError: the layer does not exist.
-        """
-        return self._weights.output_bias(layer)
-
-    def reading_weights(self, site: Site) -> Iterator[Tensor]:
-        """What reads a site linearly; a direction orthogonal to all of it is seen by nothing.
-
-        Args:
-            site: ``z`` of one head, read by the output projection; ``mlp_post``, read by the MLP's;
-                or ``resid_pre``, ``resid_mid``, ``resid_post``: read by all later heads, MLPs and
-                the unembedding, through norms. The linear part of a norm is folded in, up to a
-                factor. Its division by the stream's size is not: through that alone every
-                direction is felt.
-
-        Yields:
-            ``[width, n]``, float64; row vectors multiply from the left. One tensor for ``z`` and
-            ``mlp_post``: what a change there writes to the stream is the change times it.
-
-        Raises:
-            SiteError: the site is of another kind or does not exist, or the MLPs' own maps are not
-                known.
-        """
-        return self._weights.reading(site)
-
-    def projected(self, site: Site, stream: Tensor, *, per_head: bool = False) -> Tensor:
-        """The q, k or v that a layer would compute from another residual stream.
-
-        Args:
-            site: A whole ``q``, ``k`` or ``v``.
-            stream: ``[..., batch, pos, d_model]``; the layer's norm is applied to it here.
-            per_head: Whether each head has a stream of its own: ``[..., n_heads, batch, pos,
-                d_model]``.
-
-        Returns:
-            ``[..., batch, pos, n_heads, d_head]``.
-
-        Raises:
-            SiteError: the site is of another kind or does not exist.
-        """
-        return self._weights.projected(site, stream, per_head=per_head)
-
     def _attention_gradients(self, runs: Sequence[Run], layer: int, dtype: torch.dtype) -> Tensor:
         """q, k and v gradients of a layer, carried back through projection and norm."""
         batch, pos = runs[0].mask.shape
@@ -356,7 +300,7 @@ class TracedModel:
         gradients = gathered(lambda run, site: run.gradient(site))
         values = gathered(lambda run, site: run[site])
         streams = torch.stack([run[Site("resid_pre", layer)] for run in runs]).to(dtype)
-        readers = self._weights.readers(layer, dtype)
+        readers = self.weights.readers(layer, dtype)
         gradient = pull_back(readers, streams.flatten(1, 2), values, gradients)
         return gradient.view(-1, batch, pos, self.d_model)
 

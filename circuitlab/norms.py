@@ -1,11 +1,102 @@
-"""Gradients of head projections carried back through the norm that feeds them."""
+"""Norms: what one does as a formula, and gradients of head projections carried back through it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from circuitlab.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm as a formula: ``gain * (x - mean) / scale + shift``, read off by trying it.
+
+    Attributes:
+        gain: ``[d_model]``, float64.
+        shift: ``[d_model]``, float64.
+        centred: Whether the mean is taken off, as LayerNorm does and RMSNorm does not.
+        scaled: Whether the stream is divided by its size; False for an identity.
+    """
+
+    gain: Tensor
+    shift: Tensor
+    centred: bool
+    scaled: bool
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """A map ``[..., d_model, n]`` of what the norm gives, as one of ``x / scale``."""
+        folded = weight * self.gain.to(weight.dtype)[:, None]
+        return folded - folded.mean(-2, keepdim=True) if self.centred else folded
+
+    def scale(self, module: nn.Module, stream: Tensor) -> Tensor:
+        """What the norm divides by at each position, ``[..., 1]``."""
+        if not self.scaled:
+            return torch.ones_like(stream[..., :1])
+        plain = stream - stream.mean(-1, keepdim=True) if self.centred else stream
+        plain = plain * self.gain.to(stream.dtype)
+        given: Tensor = module(stream) - self.shift.to(stream.dtype)
+        return (plain * plain).sum(-1, keepdim=True) / (plain * given).sum(-1, keepdim=True)
+
+
+#: How far a norm may be from its formula, as a share of the largest output: some norms compute in
+#: float32 whatever they are given.
+_TRIED = 1e-5
+#: Inputs so large that the small number a norm adds to the variance is nothing.
+_LARGE = 1e4
+
+
+@torch.no_grad()
+def read_norm(module: nn.Module, width: int) -> Norm:
+    """What a norm does, found by trying it on a few inputs; no class has to be known.
+
+    Raises:
+        ModelError: it is neither a LayerNorm, an RMSNorm nor an identity.
+    """
+    wide = {name: tensor.detach().double() for name, tensor in module.state_dict().items()}
+    device = next((tensor.device for tensor in wide.values()), torch.device("cpu"))
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, wide, x)  # type: ignore[no-any-return]
+
+    generator = torch.Generator().manual_seed(0)
+    tried = torch.randn(8, width, dtype=torch.float64, generator=generator) * _LARGE
+    tried = tried.to(device)
+    shift = norm(torch.zeros_like(tried[0]))
+    given = norm(tried) - shift
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        return bool((found - expected).abs().max() <= _TRIED * expected.abs().max())
+
+    scaled = not same(norm(2 * tried) - shift, 2 * given)
+    centred = scaled and same(norm(tried + _LARGE) - shift, given)
+    plain = tried - tried.mean(-1, keepdim=True) if centred else tried
+    if scaled:
+        plain = plain / plain.square().mean(-1, keepdim=True).sqrt()
+    # Of the inputs, the one that is largest in each coordinate tells its gain best.
+    best = plain.abs().argmax(0, keepdim=True)
+    gain = _exact((given.gather(0, best) / plain.gather(0, best))[0], list(wide.values()))
+    if not same(gain * plain, given):
+        raise ModelError(
+            f"norm of class {type(module).__name__} is neither a LayerNorm, an RMSNorm nor an "
+            f"identity, so it cannot be folded into the weights that read it"
+        )
+    return Norm(gain, shift, centred, scaled)
+
+
+def _exact(gain: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gain without the rounding of trying: a parameter, one more than it, or ones."""
+    ones = torch.ones_like(gain)
+    for known in (
+        ones,
+        *(p + more for p in parameters for more in (0, 1) if p.shape == gain.shape),
+    ):
+        if torch.allclose(known, gain, rtol=_TRIED, atol=_TRIED * float(gain.abs().max())):
+            return known
+    return gain
 
 
 @dataclass(frozen=True, slots=True)

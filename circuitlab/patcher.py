@@ -162,7 +162,7 @@ class Patcher:
 
     def head_output(self, layer: int, head: int, z_change: Tensor) -> Tensor:
         """What a change of z, ``[..., d_head]``, adds to the stream, ``[..., d_model]``."""
-        return z_change @ self.model.head_weights(layer, "o")[head]
+        return z_change @ self.model.weights.heads(layer, "o")[head]
 
     def mlp(self, layer: int, change: Tensor) -> Tensor:
         """Change of an MLP's output when ``change`` is added to what it reads.
@@ -277,7 +277,7 @@ class Patcher:
         moved = self._heads_from(layer, written)[:, :, self._wanted(layer)]
         heads = [self.model.wiring.component(edge.target).head for edge in edges]
         own = moved[[first[e.port] + rows[e.port][e.source] for e in edges], :, :, heads]
-        answers = torch.bmm(own.flatten(1, 2), self.model.head_weights(layer, "o")[heads])
+        answers = torch.bmm(own.flatten(1, 2), self.model.weights.heads(layer, "o")[heads])
         return answers.view(*own.shape[:3], -1)
 
     def sets(self, sets: Sequence[Collection[Edge]] | Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class Patcher:
     def _projected(self, layer: int, port: str, change: Tensor) -> Tensor:
         """q, k or v ``[n, batch, pos, n_heads, d_head]`` of the base stream plus ``change``."""
         stream = self.base[Site("resid_pre", layer)] + change
-        return self.model.projected(Site(port, layer), stream, per_head=change.ndim == 5)
+        return self.model.weights.projected(Site(port, layer), stream, per_head=change.ndim == 5)
 
     def _heads_from(self, layer: int, ports: Mapping[str, Tensor]) -> Tensor:
         """Change of z when the ports hold these values, ``[n, batch, pos, n_heads, d_head]``."""

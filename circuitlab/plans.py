@@ -74,8 +74,9 @@ class Locator:
         a = self.architecture
         if site.layer is not None and not 0 <= site.layer < a.n_layers:
             raise SiteError(f"site {site} does not exist: layers run from 0 to {a.n_layers - 1}")
-        if site.head is not None and not 0 <= site.head < a.n_heads:
-            raise SiteError(f"site {site} does not exist: heads run from 0 to {a.n_heads - 1}")
+        if site.head is not None and not 0 <= site.head < a.n_heads_of(site.kind):
+            last = a.n_heads_of(site.kind) - 1
+            raise SiteError(f"site {site} does not exist: heads run from 0 to {last}")
         if site.kind == "resid_mid" and a.parallel:
             raise SiteError(
                 f"site {site} does not exist: attention and MLP of a {a.family} block run in "
@@ -141,7 +142,8 @@ class Locator:
             return (batch, pos, pos) if site.head is not None else (batch, a.n_heads, pos, pos)
         shape = [batch, pos, a.d_mlp if site.kind == "mlp_post" else a.d_model]
         if site.kind in HEAD_KINDS:
-            shape[2:] = [a.d_head] if site.head is not None else [a.n_heads, a.d_head]
+            n_heads = a.n_heads_of(site.kind)
+            shape[2:] = [a.d_head] if site.head is not None else [n_heads, a.d_head]
         if site.position is not None:
             del shape[1]
         return tuple(shape)
@@ -174,7 +176,8 @@ class Locator:
                 f"write q, k or z"
             )
         if site.kind in HEAD_KINDS:
-            heads = range(self.architecture.n_heads) if site.head is None else (site.head,)
+            n_heads = self.architecture.n_heads_of(site.kind)
+            heads = range(n_heads) if site.head is None else (site.head,)
             for head in heads:
                 part = tensor[..., head, :] if site.head is None else tensor
                 yield (op, *place, (slice(None), position, self.columns(site, head)), part)
@@ -194,7 +197,8 @@ class Locator:
         a = self.architecture
         first = self.columns(site, 0)
         stride = self.columns(site, 1).start - first.start
-        part = value[..., first.start : first.start + (a.n_heads - 1) * stride + a.d_head]
+        n_heads = a.n_heads_of(site.kind)
+        part = value[..., first.start : first.start + (n_heads - 1) * stride + a.d_head]
         return part.unfold(-1, a.d_head, stride)
 
 

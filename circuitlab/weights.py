@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from circuitlab.errors import SiteError
-from circuitlab.norms import Readers
+from circuitlab.norms import Norm, Readers, read_norm
 from circuitlab.plans import Locator
 from circuitlab.sites import Site
 from circuitlab.wiring import PORTS
@@ -19,8 +20,43 @@ from circuitlab.wiring import PORTS
 _COLUMNS = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """The heads of one layer with the norm that feeds them folded in; row vectors from the left.
+
+    With ``σ`` the norm's scale at a position (:meth:`Weights.norm_scale`), a head reads a residual
+    stream ``x`` as ``q = x / σ @ W_q + b_q``, likewise k and v, without another norm. Its score of
+    query i and key j is ``scale * q_i @ R_i @ R_j^T @ k_j`` with ``R`` of
+    :meth:`Weights.rotations`, and it writes ``pattern @ v @ W_o``.
+
+    Attributes:
+        q: ``[n_heads, d_model, d_head]``.
+        k: Same shape; with grouped queries each head has its group's own.
+        v: Likewise.
+        o: ``[n_heads, d_head, d_model]``; centred where every norm of the model centres, so that
+            nothing that is written is lost when it is read.
+        q_bias: ``[n_heads, d_head]``.
+        k_bias: Same shape. It adds the same to every key's score and so cancels in the softmax.
+        v_bias: Same shape. It writes ``v_bias @ o`` whatever the head looks at.
+        scale: ``1 / sqrt(d_head)``, unless the architecture says else.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    scale: float
+
+
 class Weights:
-    """Reads the weights of a module where its architecture says they are."""
+    """A model's weights by head and by reader, found where its architecture says they are.
+
+    Made by :class:`circuitlab.TracedModel` as its ``weights``. Linear maps are given for row
+    vectors, ``x @ W``.
+    """
 
     def __init__(self, module: nn.Module, locator: Locator) -> None:
         self._module = module
@@ -28,7 +64,16 @@ class Weights:
         self._architecture = locator.architecture
 
     def heads(self, layer: int, which: str) -> Tensor:
-        """``[n_heads, d_model, d_head]`` for q, k and v; ``[n_heads, d_head, d_model]`` for o."""
+        """Weights of all heads of a layer, not folded.
+
+        Returns:
+            ``[n_heads, d_model, d_head]`` for q; with ``n_kv_heads`` in front for k and v;
+            ``[n_heads, d_head, d_model]`` for o. A view of the model's own weights: do not change
+            it.
+
+        Raises:
+            SiteError: the layer does not exist.
+        """
         site = Site("z" if which == "o" else which, layer)
         self._locator.check(site)
         a = self._architecture
@@ -37,11 +82,101 @@ class Weights:
             return weight.view(a.n_heads, a.d_head, -1)
         weight = _input_by_output(self._in_block(layer, a.projection(which).path))
         columns, step = self._locator.columns(site, 0), a.projection(which).stride
-        part = weight[:, columns.start : columns.start + (a.n_heads - 1) * step + a.d_head]
+        n_heads = a.n_heads_of(which)
+        part = weight[:, columns.start : columns.start + (n_heads - 1) * step + a.d_head]
         return part.unfold(-1, a.d_head, step).transpose(0, 1)
 
-    def output_bias(self, layer: int) -> Tensor:
-        """What a layer's attention adds beside its heads, ``[d_model]``."""
+    @torch.no_grad()
+    def folded(self, layer: int, dtype: torch.dtype = torch.float32) -> HeadWeights:
+        """All heads of a layer, their norm folded in; see :class:`HeadWeights`.
+
+        Raises:
+            SiteError: the layer does not exist.
+            ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity.
+        """
+        a = self._architecture
+        norm = self._norm(layer)
+        ports: list[Tensor] = []
+        biases: list[Tensor] = []
+        for port in PORTS:
+            weight, bias = self.heads(layer, port).double(), self._head_bias(Site(port, layer))
+            shifted = norm.shift @ weight
+            group = a.n_heads // len(weight)
+            ports.append(norm.fold(weight).to(dtype).repeat_interleave(group, 0))
+            both = shifted if bias is None else shifted + bias.double()
+            biases.append(both.to(dtype).repeat_interleave(group, 0))
+        output = self._centred(self.heads(layer, "o").double()).to(dtype)
+        q, k, v = ports
+        q_bias, k_bias, v_bias = biases
+        return HeadWeights(q, k, v, output, q_bias, k_bias, v_bias, a.score_scale(layer))
+
+    @torch.no_grad()
+    def embedding(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What each token puts into the residual stream, ``[vocab, d_model]``; not centred."""
+        weight: Any = self._module.get_submodule(self._architecture.embed).weight
+        return weight.detach().to(dtype)  # type: ignore[no-any-return]  # nn.Module's attribute
+
+    @torch.no_grad()
+    def positions(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """What each position adds to the stream, ``[n_positions, d_model]``; None where nothing."""
+        path = self._architecture.position_embed
+        if not path:
+            return None
+        weight: Any = self._module.get_submodule(path).weight
+        return weight.detach().to(dtype)  # type: ignore[no-any-return]  # nn.Module's attribute
+
+    @torch.no_grad()
+    def unembedding(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """From the last residual stream ``x`` to logits, the final norm folded in.
+
+        Returns:
+            ``[d_model, vocab]`` and ``[vocab]``: logits are ``x / σ @ weight + bias`` with ``σ`` of
+            ``norm_scale(None, x)``.
+
+        Raises:
+            ModelError: the norm is neither a LayerNorm, an RMSNorm nor an identity.
+        """
+        norm, module = self._norm(None), self._module.get_submodule(self._architecture.unembedding)
+        weight, own = _input_by_output(module).to(dtype), getattr(module, "bias", None)
+        bias = norm.shift.to(dtype) @ weight
+        return norm.fold(weight), bias if own is None else bias + own.detach().to(dtype)
+
+    @torch.no_grad()
+    def norm_scale(self, layer: int | None, stream: Tensor) -> Tensor:
+        """What a norm divides a residual stream by, ``[..., 1]``; 1 where there is no norm.
+
+        Args:
+            layer: Whose attention's norm; None for the final norm.
+            stream: ``[..., d_model]``.
+        """
+        return self._norm(layer).scale(self._norm_module(layer), stream)
+
+    @torch.no_grad()
+    def rotations(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """How rotary embeddings turn queries and keys, ``[n, d_head, d_head]``, one per position.
+
+        A row vector ``q`` at a position becomes ``q @ R``; ``R_i @ R_j^T`` depends on ``i - j``
+        alone. None for a model without them.
+        """
+        a = self._architecture
+        if not a.rotary:
+            return None
+        module = self._module.get_submodule(a.rotary)
+        like = torch.zeros(1, dtype=torch.float64, device=positions.device)
+        cos, sin = (part[0].to(dtype) for part in module(like, positions[None]))
+        width = cos.shape[-1]
+        turn = torch.eye(a.d_head, dtype=dtype, device=cos.device).repeat(len(cos), 1, 1)
+        unit = torch.eye(width, dtype=dtype, device=cos.device)
+        half = torch.cat([-unit[:, width // 2 :], unit[:, : width // 2]], -1)
+        turn[:, :width, :width] = unit * cos[:, None] + half * sin[:, None]
+        return turn
+
+    def attention_bias(self, layer: int) -> Tensor:
+        """What a layer's attention adds beside its heads, ``[d_model]``; the same for every prompt.
+
+        Raises:
+            SiteError: the layer does not exist.
+        """
         self._locator.check(Site("attn_out", layer))
         projection = self._in_block(layer, self._architecture.output_projection)
         bias: Any = projection.bias
@@ -50,8 +185,21 @@ class Weights:
         return bias.detach()  # type: ignore[no-any-return]  # nn.Module types no attribute
 
     @torch.no_grad()
-    def projected(self, site: Site, stream: Tensor, *, per_head: bool) -> Tensor:
-        """See :meth:`circuitlab.TracedModel.projected`."""
+    def projected(self, site: Site, stream: Tensor, *, per_head: bool = False) -> Tensor:
+        """The q, k or v that a layer would compute from another residual stream.
+
+        Args:
+            site: A whole ``q``, ``k`` or ``v``.
+            stream: ``[..., batch, pos, d_model]``; the layer's norm is applied to it here.
+            per_head: Whether each head has a stream of its own: ``[..., n_heads, batch, pos,
+                d_model]``.
+
+        Returns:
+            ``[..., batch, pos, n_heads, d_head]``.
+
+        Raises:
+            SiteError: the site is of another kind or does not exist.
+        """
         if site.kind not in PORTS or site.layer is None:
             raise SiteError(f"site {site} is not a projection; give q, k or v of a layer")
         self._locator.check(site)
@@ -63,7 +211,7 @@ class Weights:
         else:
             # Side by side as they are stored, and without the other ports of a joint projection.
             joined = weight.transpose(0, 1).reshape(a.d_model, -1)
-            value = (norm(stream) @ joined).unflatten(-1, (a.n_heads, a.d_head))
+            value = (norm(stream) @ joined).unflatten(-1, (len(weight), a.d_head))
         return value if bias is None else value.add_(bias)
 
     @torch.no_grad()
@@ -84,7 +232,22 @@ class Weights:
 
     @torch.no_grad()
     def reading(self, site: Site) -> Iterator[Tensor]:
-        """See :meth:`circuitlab.TracedModel.reading_weights`."""
+        """What reads a site linearly; a direction orthogonal to all of it is seen by nothing.
+
+        Args:
+            site: ``z`` of one head, read by the output projection; ``mlp_post``, read by the MLP's;
+                or ``resid_pre``, ``resid_mid``, ``resid_post``: read by all later heads, MLPs and
+                the unembedding, through norms. The linear part of a norm is folded in. Its division
+                by the stream's size is not: through that alone every direction is felt.
+
+        Yields:
+            ``[width, n]``, float64. One tensor for ``z`` and ``mlp_post``: what a change there
+            writes to the stream is the change times it.
+
+        Raises:
+            SiteError: the site is of another kind or does not exist, or the MLPs' own maps are not
+                known.
+        """
         self._locator.check(site)
         layer = site.layer
         if site.kind == "z" and site.head is not None and layer is not None:
@@ -116,12 +279,13 @@ class Weights:
         for later in range(layer + (kind == "resid_post"), a.n_layers):
             if kind != "resid_mid" or later > layer:
                 heads = [self.heads(later, p).transpose(0, 1).flatten(1) for p in PORTS]
-                yield from _through(self._in_block(later, a.attention_norm), heads)
-            yield from _through(self._in_block(later, a.mlp_norm), self._mlp_inputs(later))
+                yield from (self._norm(later).fold(head.double()) for head in heads)
+            mlp_norm = read_norm(self._in_block(later, a.mlp_norm), a.d_model)
+            yield from (mlp_norm.fold(reader.double()) for reader in self._mlp_inputs(later))
+        final = self._norm(None)
         unembedding = _input_by_output(self._module.get_submodule(a.unembedding))
-        yield from _through(
-            self._module.get_submodule(a.final_norm), torch.split(unembedding, _COLUMNS, 1)
-        )
+        for part in torch.split(unembedding, _COLUMNS, 1):
+            yield final.fold(part.double())
 
     def _mlp_inputs(self, layer: int) -> list[Tensor]:
         """The linear maps of an MLP that read the residual stream."""
@@ -148,23 +312,30 @@ class Weights:
         bias: Any = self._in_block(site.layer, path).bias
         return None if bias is None else self._locator.view(site, bias.detach()[None, None])[0, 0]
 
+    def _norm_module(self, layer: int | None) -> nn.Module:
+        a = self._architecture
+        if layer is None:
+            return self._module.get_submodule(a.final_norm)
+        return self._in_block(layer, a.attention_norm)
+
+    def _norm(self, layer: int | None) -> Norm:
+        """The norm that feeds a layer's attention, or the unembedding."""
+        if layer is not None:
+            self._locator.check(Site("resid_pre", layer))
+        return read_norm(self._norm_module(layer), self._architecture.d_model)
+
+    def _centred(self, written: Tensor) -> Tensor:
+        """What is written, ``[..., d_model]``, less its mean where no reader sees the mean."""
+        a = self._architecture
+        norms = [self._norm_module(None)]
+        for layer in range(a.n_layers):
+            norms += [self._in_block(layer, path) for path in (a.attention_norm, a.mlp_norm)]
+        if not all(read_norm(norm, a.d_model).centred for norm in norms):
+            return written
+        return written - written.mean(-1, keepdim=True)
+
     def _in_block(self, layer: int, path: str) -> nn.Module:
         return self._module.get_submodule(self._architecture.block(layer, path))
-
-
-def _through(norm: nn.Module, readers: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Readers ``[d_model, n]`` with the norm before them folded in, up to a factor; float64.
-
-    What is folded is the norm's linear part, its centring and its gain. It also divides by a size,
-    and that is the same for all unit vectors.
-    """
-    units = torch.eye(len(readers[0]), dtype=torch.float64, device=readers[0].device)
-    wide = {name: tensor.detach().double() for name, tensor in norm.state_dict().items()}
-    both = torch.stack([units, torch.zeros_like(units)])
-    normed: Tensor = torch.func.functional_call(norm, wide, both)
-    folded = normed[0] - normed[1]
-    for reader in readers:
-        yield folded @ reader.double()
 
 
 def _input_by_output(module: nn.Module) -> Tensor:

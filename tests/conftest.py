@@ -21,6 +21,9 @@ import circuitlab
 
 ROOT = Path(__file__).parent.parent
 
+# Whoever starts the tests in the background has them ignore Ctrl-C, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 #: Sentences from which the text model's tokenizer learns its words.
 CORPUS = (
     "When Mary and John went to the store, John gave a drink to Mary",

@@ -74,7 +74,7 @@ def mistakes_kind(model: TracedModel, task: Task) -> CircuitGraph:
 def mutates(model: TracedModel, task: Task) -> CircuitGraph:
     """Changes a weight."""
     with torch.no_grad():
-        model.head_weights(0, "v").add_(1e-3)
+        model.weights.heads(0, "v").add_(1e-3)
     return direct(model, task)
 
 

@@ -265,7 +265,7 @@ class _Crossing:
         }
         site = Site(port, layer)
         changed = write[site].clone()
-        changed[:, :, head] = self.model.projected(site, stream + pushes)[:, :, head]
+        changed[:, :, head] = self.model.weights.projected(site, stream + pushes)[:, :, head]
         return {**write, site: changed, Site("resid_pre", layer): stream.expand_as(pushes)}
 
     def _reads(self, layer: int, write: dict[Site, Tensor], normal: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from circuitlab import OptionError, check_cut
-from circuitlab_path_patching.bootstrap import distinct_rows, mean_intervals
+from circuitlab import OptionError, check_cut, distinct_rows, mean_intervals
 from circuitlab_path_patching.effects import (
     Patch,
     Setting,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from circuitlab_path_patching.bootstrap import distinct_rows, mean_intervals
+from circuitlab import distinct_rows, mean_intervals
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from circuitlab import OptionError, Site, choose_batch_size
-from circuitlab_path_patching.bootstrap import distinct_rows, mean_intervals
+from circuitlab import OptionError, Site, choose_batch_size, distinct_rows, mean_intervals
 from circuitlab_path_patching.directions import read_subspace, row_space, split
 from circuitlab_path_patching.effects import Patch, Setting, measure, total_circuit
 from circuitlab_path_patching.features import from_the_end, parse_site
@@ -88,7 +87,7 @@ def subspace_patching(
     """Patch a direction or subspace of a site, and the parts of it that readers see and do not see.
 
     What reads ``z`` of a head is its output projection, ``mlp_post`` the MLP's, the residual stream
-    all later heads, MLPs and the unembedding, see :meth:`circuitlab.TracedModel.reading_weights`. A
+    all later heads, MLPs and the unembedding, see :meth:`circuitlab.Weights.reading`. A
     direction is the sum of its *visible* part, in the space that they span, and its *hidden* part,
     orthogonal to it. In the residual stream the hidden part is mostly empty, and may be felt
     through the size that norms divide by.
@@ -131,10 +130,10 @@ def subspace_patching(
     task_change = setting.change()
     values = read_values(model, pairs, place, batch_size)
     basis = _basis(direction, values, str(place))
-    seen = row_space(model.reading_weights(values.site))
+    seen = row_space(model.weights.reading(values.site))
     visible, hidden = split(basis, seen)
     stream = place.kind.startswith("resid")
-    weight = None if stream else next(model.reading_weights(values.site))
+    weight = None if stream else next(model.weights.reading(values.site))
     parts = {"site": None, "direction": basis, "visible": visible, "hidden": hidden}
     patches = {
         name: _patch(place, name, model.wiring, partial(values.change, part, weight), values, part)

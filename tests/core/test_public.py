@@ -19,6 +19,8 @@ NAMES = [
     "Edge",
     "EncodedTask",
     "GraphError",
+    "HeadWeights",
+    "Interval",
     "Metric",
     "Mode",
     "ModelError",
@@ -38,15 +40,19 @@ NAMES = [
     "TaskError",
     "Tokens",
     "TracedModel",
+    "Weights",
     "Wiring",
     "build_circuit",
     "check_cut",
     "choose_batch_size",
     "circuit_of",
+    "distinct_rows",
     "edge_effects",
     "hookimpl",
     "load_model",
+    "mean_intervals",
     "patchers",
+    "ratio_interval",
     "read_circuit",
     "read_task",
     "track",
@@ -84,7 +90,7 @@ def test_public_name_leads_somewhere(name: str) -> None:
     """Every name can be imported, comes from CircuitLab, and is explained."""
     value = getattr(circuitlab, name)
     assert name in dir(circuitlab)
-    if name not in ("Ablation", "Mode", "hookimpl"):  # two Literals and pluggy's marker
+    if name not in ("Ablation", "Interval", "Mode", "hookimpl"):  # aliases, and pluggy's marker
         assert value.__module__.startswith("circuitlab.")
         assert (value.__doc__ or "").strip()
 

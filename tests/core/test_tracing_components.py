@@ -61,7 +61,7 @@ def test_sources_are_those_of_the_split_model(
     for name, output in zip(model.wiring.sources, outputs, strict=True):
         assert gap(output[tokens.mask], split[name][tokens.mask]) < TOLERANCE, name
     assert not outputs[:, ~tokens.mask].any()
-    total = outputs.sum(0) + sum(model.attention_bias(n) for n in range(3))
+    total = outputs.sum(0) + sum(model.weights.attention_bias(n) for n in range(3))
     assert gap(total[tokens.mask], run[LAST][tokens.mask]) < TOLERANCE
 
 
@@ -127,9 +127,9 @@ def test_projected_stream(model: TracedModel, tokens: Tokens, port: str) -> None
     """The projection of a stream that was read is what the model computed; more axes may lead."""
     site, stream = Site(port, 1), Site("resid_pre", 1)
     run = model.run(tokens, read=[site, stream])
-    assert gap(model.projected(site, run[stream]), run[site]) < TOLERANCE
+    assert gap(model.weights.projected(site, run[stream]), run[site]) < TOLERANCE
     shifted = torch.stack([run[stream], run[stream] + torch.arange(16)])
-    both = model.projected(site, shifted)
+    both = model.weights.projected(site, shifted)
     assert both.shape == (2, *run[site].shape)
     written = model.run(tokens, write={stream: shifted[1]}, read=[site])
     assert gap(both[1], written[site]) < TOLERANCE
@@ -141,14 +141,14 @@ def test_head_weights_are_the_models(module: Any, model: TracedModel, tokens: To
     attn = module.transformer.h[1].attn
     normed = module.transformer.h[1].ln_1(run[Site("resid_pre", 1)])
     for number, port in enumerate(("q", "k", "v")):
-        weights = model.head_weights(1, port)
+        weights = model.weights.heads(1, port)
         assert weights.shape == (2, 16, 8)
         for head in range(2):
             columns = slice(16 * number + 8 * head, 16 * number + 8 * head + 8)
             assert torch.equal(weights[head], attn.c_attn.weight[:, columns])
-    q = torch.einsum("bpd,hde->bphe", normed, model.head_weights(1, "q"))
+    q = torch.einsum("bpd,hde->bphe", normed, model.weights.heads(1, "q"))
     assert gap(q + attn.c_attn.bias[:16].view(2, 8), run[Site("q", 1)]) < TOLERANCE
-    output = model.head_weights(1, "o")
+    output = model.weights.heads(1, "o")
     assert output.shape == (2, 8, 16)
     assert output.data_ptr() == attn.c_proj.weight.data_ptr()
     assert torch.equal(output[1], attn.c_proj.weight[8:])
@@ -159,7 +159,7 @@ def test_what_a_hidden_change_writes_is_the_change_times_its_reader(
 ) -> None:
     """One head's z reaches the stream through its own rows, the MLP's hidden layer through all."""
     for site, out in ((Site("z", 1, head=1), "attn_out"), (Site("mlp_post", 1), "mlp_out")):
-        (weight,) = model.reading_weights(site)
+        (weight,) = model.weights.reading(site)
         written = Site(out, 1)
         run = model.run(tokens, read=[site, written])
         change = torch.randn(run[site].shape, generator=torch.Generator().manual_seed(0))
@@ -191,7 +191,7 @@ def test_readers_of_the_stream_are_all_that_come_after(kind: str, blind: dict[st
 
     def seen() -> tuple[float, float]:
         changed = model.run(tokens, write={site: run[site] + direction})
-        felt = max(float((direction @ w).abs().max()) for w in model.reading_weights(site))
+        felt = max(float((direction @ w).abs().max()) for w in model.weights.reading(site))
         return felt, float((changed.logits - run.logits).abs().max())
 
     assert max(seen()) < TOLERANCE
@@ -206,7 +206,7 @@ def test_norms_are_folded_into_readers() -> None:
     """LayerNorm takes the mean out, so nothing after it sees a constant; its gain is folded."""
     module: Any = oracles.random_gpt2(3, 2, 16, seed=4)
     model = load_model((module, None))
-    folded = torch.cat(list(model.reading_weights(Site("resid_post", 2))), 1)
+    folded = torch.cat(list(model.weights.reading(Site("resid_post", 2))), 1)
     assert float(folded.sum(0).abs().max()) < TOLERANCE
     gained = module.transformer.ln_f.weight[:, None] * module.lm_head.weight.T
     assert torch.linalg.matrix_rank(torch.cat([folded, gained - gained.mean(0)], 1)) == 15
@@ -216,7 +216,7 @@ def test_attention_bias(module: Any, model: TracedModel) -> None:
     """The bias is the output projection's, detached."""
     module.transformer.h[2].attn.c_proj.bias.requires_grad_(True)
     try:
-        bias = model.attention_bias(2)
+        bias = model.weights.attention_bias(2)
         assert torch.equal(bias, module.transformer.h[2].attn.c_proj.bias)
         assert not bias.requires_grad
     finally:
@@ -227,15 +227,15 @@ def test_what_a_model_does_not_have_is_refused(model: TracedModel, tokens: Token
     """Layers, heads and kinds that are not there are named, with what is there."""
     stream = model.run(tokens, read=[Site("resid_pre", 0)])[Site("resid_pre", 0)]
     with pytest.raises(SiteError, match=r"q\.3 does not exist: layers run from 0 to 2"):
-        model.head_weights(3, "q")
+        model.weights.heads(3, "q")
     with pytest.raises(SiteError, match="layers run from 0 to 2"):
-        model.attention_bias(7)
+        model.weights.attention_bias(7)
     with pytest.raises(SiteError, match=r"z\.0 is not a projection; give q, k or v"):
-        model.projected(Site("z", 0), stream)
+        model.weights.projected(Site("z", 0), stream)
     with pytest.raises(SiteError, match="layers run from 0 to 2"):
-        model.projected(Site("q", 5), stream)
+        model.weights.projected(Site("q", 5), stream)
     with pytest.raises(SiteError, match=r"z\.0 has no readers of its own; give z of one head"):
-        next(model.reading_weights(Site("z", 0)))
+        next(model.weights.reading(Site("z", 0)))
     with pytest.raises(SiteError, match=r"z\.0 was not kept; name it in run\(\.\.\., read="):
         model.source_outputs(model.run(tokens, read=[Site("resid_pre", 0)]))
     with pytest.raises(SiteError, match="gradient_at="):

@@ -12,7 +12,6 @@ from typing import Any
 import path_oracles
 import pytest
 import torch
-from circuitlab_path_patching.bootstrap import distinct_rows, mean_intervals, ratio_interval
 from circuitlab_path_patching.effects import Setting
 from circuitlab_path_patching.paths import hypotheses
 from circuitlab_path_patching.paths.effects import path_effects
@@ -29,7 +28,10 @@ from circuitlab import (
     ResourceError,
     Task,
     TracedModel,
+    distinct_rows,
     load_model,
+    mean_intervals,
+    ratio_interval,
     zoo,
 )
 from circuitlab.zoo.hand import NO, YES, gate_prompt

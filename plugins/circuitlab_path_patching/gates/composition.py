@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from circuitlab import OptionError
-from circuitlab_path_patching.bootstrap import distinct_rows, ratio_interval
+from circuitlab import OptionError, distinct_rows, ratio_interval
 from circuitlab_path_patching.gates.mixtures import joint_effects
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from circuitlab_path_patching.measures import effect_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from circuitlab import CircuitGraph, Mode
-    from circuitlab_path_patching.bootstrap import Interval
+    from circuitlab import CircuitGraph, Interval, Mode
     from circuitlab_path_patching.effects import Setting
     from circuitlab_path_patching.gates.finding import Found
     from circuitlab_path_patching.gates.groups import Member

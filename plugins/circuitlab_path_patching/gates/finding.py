@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from circuitlab_path_patching.bootstrap import mean_intervals
+from circuitlab import mean_intervals
 from circuitlab_path_patching.effects import measure, node_patch
 from circuitlab_path_patching.gates.composition import Composition, composition
 from circuitlab_path_patching.gates.groups import Group, find_groups, parse_groups
@@ -29,8 +29,7 @@ from circuitlab_path_patching.measures import stronger, sure_effect
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from circuitlab import CircuitGraph, Mode
-    from circuitlab_path_patching.bootstrap import Interval
+    from circuitlab import CircuitGraph, Interval, Mode
     from circuitlab_path_patching.effects import Setting
 
 Relation = Literal["redundant", "synergistic", "additive"]

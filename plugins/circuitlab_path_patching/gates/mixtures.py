@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitlab import track
-from circuitlab_path_patching.bootstrap import distinct_rows
+from circuitlab import distinct_rows, track
 from circuitlab_path_patching.gates.groups import Group, group_of
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import Tensor
 from circuitlab import NumericsError, OptionError
 
 if TYPE_CHECKING:
-    from circuitlab_path_patching.bootstrap import Interval
+    from circuitlab import Interval
 
 GateType = Literal["AND", "OR", "ADD", "XOR", "SOLE", "INERT", "MIXED"]
 Others = Literal["average", "clean", "corrupt"]

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitlab import OptionError, ResourceError, choose_batch_size, track
-from circuitlab_path_patching.bootstrap import Interval, distinct_rows, ratio_interval
+from circuitlab import (
+    Interval,
+    OptionError,
+    ResourceError,
+    choose_batch_size,
+    distinct_rows,
+    ratio_interval,
+    track,
+)
 from circuitlab_path_patching.measures import NEGLIGIBLE, sure_effect
 from circuitlab_path_patching.paths.trees import PathTrees, row_bytes
 

@@ -259,7 +259,7 @@ def _heads(
         known = {port: value for port, value in change.items() if value is not None}
         if known:
             z = patcher.attention(layer, known)[:, :, :, heads]
-            weight = patcher.model.head_weights(layer, "o")[heads]
+            weight = patcher.model.weights.heads(layer, "o")[heads]
             written = _sum(written, z.flatten(-2) @ weight.flatten(0, 1))
     return written
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from circuitlab_path_patching.bootstrap import distinct_rows, mean_intervals
+from circuitlab import distinct_rows, mean_intervals
 
 if TYPE_CHECKING:
     from circuitlab import EncodedTask

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from circuitlab_path_patching.bootstrap import mean_intervals
+from circuitlab import mean_intervals
 from circuitlab_path_patching.gates.types import (
     FLAT,
     Gate,

@@ -9,11 +9,12 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from circuitlab import EncodedTask
+    from circuitlab.prompts import EncodedTask
 
 RESAMPLES = 2000
 _ENDS = (0.025, 0.975)
 
+#: The ends of a 95 % interval.
 Interval = tuple[float, float]
 
 
