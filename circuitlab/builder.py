@@ -23,6 +23,7 @@ from circuitlab.options import check_values
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry, describe
 
 if TYPE_CHECKING:
+    from circuitlab.baseline import Baseline
     from circuitlab.model import TracedModel
     from circuitlab.tasks import Align, Task
 
@@ -52,7 +53,8 @@ def build_circuit(
 
     Args:
         model: Anything :func:`circuitlab.load_model` takes.
-        task: A task, the name of one, or None for the task a bundled model was made for.
+        task: A task, the name of one, or None for the task a bundled model was made for; an
+            analysis that needs none runs without where there is none.
         analysis: Name of an installed analysis.
         metric: Another metric than the task's own.
         n_pairs: Use only the first pairs of the task.
@@ -77,18 +79,16 @@ def build_circuit(
     check_values(chosen.options, options, f"analysis {analysis!r}")
     with opened(resume) as state:
         traced = load_model(model, registry=registry)
-        named = find_task(traced, task, registry)
-        named = replace(named, metric=metric or named.metric, align=align or named.align)
-        if n_pairs is not None:
-            named = named.take(n_pairs)
-        pairs = traced.encode(named)
-        measured = baseline.measure(traced, pairs)
-        warnings = [
-            *pairs.warnings,
-            *baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed),
-        ]
-        progress.tell(warnings)
-        origin = _provenance(traced, named, chosen, options, seed=seed, pairs=len(pairs))
+        named, measured = None, None
+        warnings: list[str] = []
+        if chosen.needs_task or task is not None or traced.task_name is not None:
+            named = find_task(traced, task, registry)
+            named = replace(named, metric=metric or named.metric, align=align or named.align)
+            named = named if n_pairs is None else named.take(n_pairs)
+            measured, warnings = _measured(traced, named, allow_weak=allow_weak, seed=seed)
+        else:
+            _check_unused(metric=metric, n_pairs=n_pairs, align=align)
+        origin = _provenance(traced, named, chosen, options, seed=seed, measured=measured)
         settings = _settings(origin, traced, named, registry) if state.path else {}
         with state.used(settings, traced.device):
             circuit = _run(chosen, traced, named, options, seed)
@@ -99,12 +99,38 @@ def build_circuit(
             _validate(circuit, f"--annotate {', '.join(annotate)}")
     for key, value in origin.items():
         circuit.graph.setdefault(key, value)
-    circuit.graph["baseline"] = measured.to_json(seed)
-    if measured.weak(seed):
-        _mark_weak(circuit)
+    if measured is not None:
+        circuit.graph["baseline"] = measured.to_json(seed)
+        if measured.weak(seed):
+            _mark_weak(circuit)
     circuit.graph["warnings"] = [*warnings, *circuit.graph["warnings"]]
     circuit.graph["seconds"] = round(time.time() - started + state.seconds, 3)
     return circuit
+
+
+def _measured(
+    model: TracedModel, task: Task, *, allow_weak: bool, seed: int
+) -> tuple[Baseline, list[str]]:
+    """What the model does on the task, and warnings about it.
+
+    Raises:
+        TaskError: the task cannot be used.
+    """
+    pairs = model.encode(task)
+    measured = baseline.measure(model, pairs)
+    doubts = baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed)
+    warnings = [*pairs.warnings, *doubts]
+    progress.tell(warnings)
+    return measured, warnings
+
+
+def _check_unused(**settings: object) -> None:
+    """Refuse settings of a task where there is none."""
+    given = [name for name, value in settings.items() if value is not None]
+    if given:
+        raise TaskError(
+            f"{' and '.join(given)} belong to a task, and there is none; name one with --task"
+        )
 
 
 def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -> Task:
@@ -126,7 +152,7 @@ def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -
 
 
 def _run(
-    analysis: Analysis, model: TracedModel, task: Task, options: dict[str, Any], seed: int
+    analysis: Analysis, model: TracedModel, task: Task | None, options: dict[str, Any], seed: int
 ) -> CircuitGraph:
     """The analysis's circuit; what a plugin does wrong becomes a PluginError that names it."""
     owner = f"analysis {analysis.name!r} of plugin {analysis.plugin!r}"
@@ -192,14 +218,22 @@ def _mark_weak(circuit: CircuitGraph) -> None:
 
 def _provenance(
     model: TracedModel,
-    task: Task,
+    task: Task | None,
     analysis: Analysis,
     options: dict[str, Any],
     *,
     seed: int,
-    pairs: int,
+    measured: Baseline | None,
 ) -> dict[str, Any]:
     """Where a circuit comes from; what the analysis writes itself under these names stays."""
+    asked: dict[str, Any] = {}
+    if task is not None and measured is not None:
+        asked = {
+            "task": task.name,
+            "task_digest": task.digest,
+            "metric": task.metric,
+            "n_pairs": len(measured.clean),
+        }
     given = {option.name: options.get(option.name, option.default) for option in analysis.options}
     return {
         "score": EDGE_SCORE,
@@ -213,10 +247,7 @@ def _provenance(
         "n_heads": model.n_heads,
         "d_model": model.d_model,
         "parallel": model.architecture.parallel,
-        "task": task.name,
-        "task_digest": task.digest,
-        "metric": task.metric,
-        "n_pairs": pairs,
+        **asked,
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
@@ -229,15 +260,15 @@ def _provenance(
 
 
 def _settings(
-    origin: dict[str, Any], model: TracedModel, task: Task, registry: Registry
+    origin: dict[str, Any], model: TracedModel, task: Task | None, registry: Registry
 ) -> dict[str, Any]:
     """What the numbers of a run depend on: only a run of the same may go on from its state."""
-    named = {name: origin[name] for name in _SETTINGS}
+    named = {name: origin.get(name) for name in _SETTINGS}
     plugin = registry.plugins[origin["plugin"]]
     return {
         **named,
         **{f"option {name}": value for name, value in origin["options"].items()},
-        "align": task.align,
+        "align": None if task is None else task.align,
         # A folder, or a module in memory, may hold other weights under the same name.
         "weights": digest(model._module.state_dict())[:12],
         f"version of {plugin.distribution}": plugin.version,

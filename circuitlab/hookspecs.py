@@ -35,8 +35,9 @@ def register_analyses(register: Callable[[str, AnalysisFunction], None]) -> None
     ``function(model: TracedModel, task: Task, *, option=default, ...) -> CircuitGraph``. The name
     is kebab-case and unique over all installed plugins. Keyword-only parameters are the options,
     typed int, float, str, bool, Path or Literal, or a union of these with Literal or None; help
-    text by ``Annotated[int, "..."]``. The docstring's first line is the analysis's help. Called for
-    ``--help`` too: do not import torch or run a model here.
+    text by ``Annotated[int, "..."]``. The docstring's first line is the analysis's help. With
+    ``task=None`` for the second parameter the analysis also runs where no task is given and the
+    model has none of its own. Called for ``--help`` too: do not import torch or run a model here.
     """
 
 
@@ -63,8 +64,8 @@ def register_exporters(register: Callable[[str, Exporter], None]) -> None:
 
 
 @hookspec
-def annotate_circuit(circuit: CircuitGraph, model: TracedModel, task: Task) -> None:
+def annotate_circuit(circuit: CircuitGraph, model: TracedModel, task: Task | None) -> None:
     """Add node or edge data to a finished circuit, in place; never add or remove nodes.
 
-    Called only for plugins named by ``--annotate``.
+    Called only for plugins named by ``--annotate``. ``task`` is None where the analysis had none.
     """

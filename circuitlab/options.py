@@ -101,6 +101,8 @@ def read_options(function: Callable[..., Any]) -> tuple[Option, ...]:
     name = getattr(function, "__name__", repr(function))
     if len(positional) != 2 or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         raise TypeError(f"{name} must be called as {name}(model, task, *, option=default, ...)")
+    if positional[1].default not in (inspect.Parameter.empty, None):
+        raise TypeError(f"{name} has another default for its task than None: it is given or not")
     options = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return tuple(_read_option(function, parameter) for parameter in options)
 

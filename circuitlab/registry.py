@@ -6,6 +6,7 @@ one name are an error that names both.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -45,6 +46,12 @@ class Analysis:
     function: AnalysisFunction
     plugin: str
     options: tuple[Option, ...]
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether there is nothing to analyse without a task; else its default is None."""
+        task = list(inspect.signature(self.function).parameters.values())[1]
+        return task.default is inspect.Parameter.empty
 
     @property
     def summary(self) -> str:
@@ -191,7 +198,7 @@ class Registry:
         return None
 
     def annotate(
-        self, names: Iterable[str], circuit: CircuitGraph, model: TracedModel, task: Task
+        self, names: Iterable[str], circuit: CircuitGraph, model: TracedModel, task: Task | None
     ) -> None:
         """Let the named plugins annotate a circuit.
 

@@ -42,7 +42,8 @@ def show(
         screen.out(json.dumps(_document(circuit, paths, warnings, run_id), allow_nan=False))
         return
     facts = circuit.graph
-    title = f"{facts['model']} · {facts['task']} · {facts['metric']} · {facts['analysis']}"
+    named = (facts.get(key) for key in ("model", "task", "metric", "analysis"))
+    title = " · ".join(filter(None, named))
     end = {"time": f"{facts['seconds']:.1f} s"}
     if paths:
         end["written"] = ", ".join(map(str, paths))
@@ -62,15 +63,17 @@ def show(
 
 def metrics(circuit: CircuitGraph) -> dict[str, float | None]:
     """The numbers that ``--fail-under`` and ``--json`` know, None where undefined."""
-    base, whole = circuit.graph["baseline"], circuit.graph.get("completeness")
-    found: dict[str, float | None] = {
-        "accuracy": base["accuracy"],
-        "metric_clean": base["clean"],
-        "metric_corrupt": base["corrupt"],
-        "effect": base["effect"],
-        "edges": float(circuit.number_of_edges()),
-        "components": float(circuit.number_of_nodes()),
-    }
+    base, whole = circuit.graph.get("baseline"), circuit.graph.get("completeness")
+    found: dict[str, float | None] = {}
+    if base is not None:
+        found = {
+            "accuracy": base["accuracy"],
+            "metric_clean": base["clean"],
+            "metric_corrupt": base["corrupt"],
+            "effect": base["effect"],
+        }
+    found["edges"] = float(circuit.number_of_edges())
+    found["components"] = float(circuit.number_of_nodes())
     if whole is not None:
         found |= {"completeness_gap": whole["gap"], "explained_share": whole["share"]}
     if (check := circuit.graph.get("exact_check")) is not None:
@@ -128,14 +131,8 @@ def _summary(circuit: CircuitGraph) -> dict[str, str]:
         rows["circuit"] = f"NOT ESTABLISHED: {facts['verdict_reason']}"
     elif verdict is not None:
         rows["circuit"] = verdict
-    base = facts["baseline"]
-    interval = base["interval"]
-    bounds = interval if isinstance(interval, str) else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
-    rows["task"] = (
-        f"{_counted(base['n_pairs'], 'pair')}, metric {base['clean']:.3g} clean, "
-        f"{base['corrupt']:.3g} corrupt; effect {base['effect']:.3g}, 95 % interval {bounds}; "
-        f"accuracy {base['accuracy']:.0%}"
-    )
+    if (base := facts.get("baseline")) is not None:
+        rows["task"] = _task(base)
     rows["method"] = ", ".join(filter(None, (facts.get("method"), facts.get("ablation"))))
     total = facts.get("n_edges_total")
     of = f" of {total:,}" if total else ""
@@ -145,6 +142,17 @@ def _summary(circuit: CircuitGraph) -> dict[str, str]:
     rows |= {str(name): str(text) for name, text in facts.get("findings", {}).items()}
     rows["score"] = str(facts["score"])
     return {key: value for key, value in rows.items() if value}
+
+
+def _task(base: dict[str, Any]) -> str:
+    """What the model does on the task before anything is changed."""
+    interval = base["interval"]
+    bounds = interval if isinstance(interval, str) else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
+    return (
+        f"{_counted(base['n_pairs'], 'pair')}, metric {base['clean']:.3g} clean, "
+        f"{base['corrupt']:.3g} corrupt; effect {base['effect']:.3g}, 95 % interval {bounds}; "
+        f"accuracy {base['accuracy']:.0%}"
+    )
 
 
 def _counted(number: int, noun: str) -> str:

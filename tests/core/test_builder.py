@@ -38,6 +38,15 @@ def drawing(model: TracedModel, task: Task, *, size: float = 1.0) -> CircuitGrap
     return circuit
 
 
+def counting(model: TracedModel, task: Task | None = None) -> CircuitGraph:
+    """The number of tasks, which may be 0."""
+    circuit = CircuitGraph(score="number of tasks")
+    circuit.add_component("m0", kind="mlp", layer=0)
+    circuit.add_component("logits", kind="logits", layer=2)
+    circuit.add_effect("m0", "logits", float(task is not None))
+    return circuit
+
+
 def registry_of(function: Callable[..., Any]) -> Registry:
     class Plugin:
         @hookimpl
@@ -230,3 +239,25 @@ def test_unknown_analysis() -> None:
     """An analysis that is not installed is answered with those that are."""
     with pytest.raises(PluginError, match=r"'eap' is not installed; .*edge-attribution"):
         build_circuit("gate-add", analysis="eap")
+
+
+def test_a_task_may_be_left_out_where_none_is_needed() -> None:
+    """Without a task there is no baseline, nor a fact about a task; with one there are both."""
+    registry = registry_of(counting)
+    alone = build_circuit(tiny_model(), None, "own", registry=registry)
+    assert [score for *_, score in alone.effects()] == [0.0]
+    assert not {"task", "task_digest", "metric", "n_pairs", "baseline"} & alone.graph.keys()
+    given = build(counting)
+    assert [score for *_, score in given.effects()] == [1.0]
+    assert (given.graph["task"], given.graph["baseline"]["n_pairs"]) == ("toy", 5)
+
+
+def test_settings_of_a_task_that_is_not_there_are_refused() -> None:
+    """Nothing that was asked for is ignored."""
+    registry = registry_of(counting)
+    with pytest.raises(TaskError, match="metric and n_pairs belong to a task, and there is none"):
+        build_circuit(
+            tiny_model(), None, "own", registry=registry, metric="kl-divergence", n_pairs=2
+        )
+    with pytest.raises(TaskError, match="has no task of its own"):
+        build_circuit(tiny_model(), None, "own", registry=registry_of(drawing))
