@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from circuitlab.bootstrap import Interval, distinct_rows, mean_intervals, ratio_interval
     from circuitlab.builder import build_circuit
     from circuitlab.checkpoint import Checkpoint
+    from circuitlab.dictionaries import (
+        Dictionary,
+        DictionaryInfo,
+        DictionaryStats,
+        read_dictionary,
+        write_dictionary,
+    )
     from circuitlab.errors import (
         CircuitLabError,
         GraphError,
@@ -27,22 +34,38 @@ if TYPE_CHECKING:
         TaskError,
     )
     from circuitlab.export import read_circuit, write_circuit
+    from circuitlab.folded import HeadWeights, MlpWeights
     from circuitlab.graph import CircuitGraph
     from circuitlab.hookspecs import hookimpl
     from circuitlab.loading import load_model
     from circuitlab.memory import choose_batch_size
     from circuitlab.metrics import Metric
     from circuitlab.model import TracedModel
+    from circuitlab.panels import (
+        Bar,
+        Bars,
+        Curve,
+        Curves,
+        Heatmap,
+        Histogram,
+        Panel,
+        Point,
+        Scatter,
+        TextTable,
+        UpSet,
+        panels_of,
+    )
     from circuitlab.patcher import Mode, Patcher, patchers
     from circuitlab.patching import edge_effects
+    from circuitlab.plots import show_plots
     from circuitlab.progress import track
     from circuitlab.prompts import EncodedTask, Tokens
     from circuitlab.run import Run
     from circuitlab.selection import check_cut, circuit_of
     from circuitlab.sites import Site
-    from circuitlab.task_files import read_task, write_task
+    from circuitlab.task_files import read_task, read_texts, write_task
     from circuitlab.tasks import PromptPair, Task
-    from circuitlab.weights import HeadWeights, Weights
+    from circuitlab.weights import Weights
     from circuitlab.wiring import Edge, ReceiverBlock, Wiring
 
 __version__ = "0.1.0"
@@ -51,33 +74,48 @@ _HOME = {
     "Ablation": "ablation",
     "Ablator": "ablation",
     "Architecture": "architectures",
+    "Bar": "panels",
+    "Bars": "panels",
     "Checkpoint": "checkpoint",
     "CircuitGraph": "render",  # with what draws it in notebooks
     "CircuitLabError": "errors",
+    "Curve": "panels",
+    "Curves": "panels",
+    "Dictionary": "dictionaries",
+    "DictionaryInfo": "dictionaries",
+    "DictionaryStats": "dictionaries",
     "Edge": "wiring",
     "EncodedTask": "prompts",
     "GraphError": "errors",
-    "HeadWeights": "weights",
+    "HeadWeights": "folded",
+    "MlpWeights": "folded",
+    "Heatmap": "panels",
+    "Histogram": "panels",
     "Interval": "bootstrap",
     "Metric": "metrics",
     "Mode": "patcher",
     "ModelError": "errors",
     "NumericsError": "errors",
     "OptionError": "errors",
+    "Panel": "panels",
     "Patcher": "patcher",
     "PluginError": "errors",
+    "Point": "panels",
     "Projection": "architectures",
     "PromptPair": "tasks",
     "QualityError": "errors",
     "ReceiverBlock": "wiring",
     "ResourceError": "errors",
     "Run": "run",
+    "Scatter": "panels",
     "Site": "sites",
     "SiteError": "errors",
     "Task": "tasks",
     "TaskError": "errors",
+    "TextTable": "panels",
     "Tokens": "prompts",
     "TracedModel": "model",
+    "UpSet": "panels",
     "Weights": "weights",
     "Wiring": "wiring",
     "build_circuit": "builder",
@@ -89,12 +127,17 @@ _HOME = {
     "hookimpl": "hookspecs",
     "load_model": "loading",
     "mean_intervals": "bootstrap",
+    "panels_of": "panels",
     "patchers": "patcher",
     "ratio_interval": "bootstrap",
     "read_circuit": "export",
+    "read_dictionary": "dictionaries",
     "read_task": "task_files",
+    "read_texts": "task_files",
+    "show_plots": "plots",
     "track": "progress",
     "write_circuit": "export",
+    "write_dictionary": "dictionaries",
     "write_task": "task_files",
 }
 
@@ -102,33 +145,48 @@ __all__ = [
     "Ablation",
     "Ablator",
     "Architecture",
+    "Bar",
+    "Bars",
     "Checkpoint",
     "CircuitGraph",
     "CircuitLabError",
+    "Curve",
+    "Curves",
+    "Dictionary",
+    "DictionaryInfo",
+    "DictionaryStats",
     "Edge",
     "EncodedTask",
     "GraphError",
     "HeadWeights",
+    "Heatmap",
+    "Histogram",
     "Interval",
     "Metric",
+    "MlpWeights",
     "Mode",
     "ModelError",
     "NumericsError",
     "OptionError",
+    "Panel",
     "Patcher",
     "PluginError",
+    "Point",
     "Projection",
     "PromptPair",
     "QualityError",
     "ReceiverBlock",
     "ResourceError",
     "Run",
+    "Scatter",
     "Site",
     "SiteError",
     "Task",
     "TaskError",
+    "TextTable",
     "Tokens",
     "TracedModel",
+    "UpSet",
     "Weights",
     "Wiring",
     "build_circuit",
@@ -140,12 +198,17 @@ __all__ = [
     "hookimpl",
     "load_model",
     "mean_intervals",
+    "panels_of",
     "patchers",
     "ratio_interval",
     "read_circuit",
+    "read_dictionary",
     "read_task",
+    "read_texts",
+    "show_plots",
     "track",
     "write_circuit",
+    "write_dictionary",
     "write_task",
 ]
 

@@ -51,6 +51,9 @@ class Architecture:
         mlp_output_projection: Maps the MLP's hidden layer back to the residual stream; empty where
             it is not told, or no one linear map: then there is no ``mlp_post``.
         d_mlp: Width of that hidden layer; 0 without ``mlp_output_projection``.
+        mlp_input_projection: Maps the normalised stream to the MLP's hidden layer; empty where that
+            is not one linear map and a nonlinearity.
+        mlp_activation: That nonlinearity, of each number alone.
         position_embed: Learned position embedding that is added to the tokens'; empty where there
             is none.
         rotary: Module that gives ``(cos, sin)`` of rotary embeddings, second half of the columns
@@ -81,6 +84,8 @@ class Architecture:
     attention_outputs: int = 2
     mlp_output_projection: str = ""
     d_mlp: int = 0
+    mlp_input_projection: str = ""
+    mlp_activation: str = ""
     position_embed: str = ""
     rotary: str = ""
     n_kv_heads: int = 0
@@ -116,7 +121,9 @@ class Architecture:
             self.output_projection,
             self.mlp_norm,
             self.mlp,
-            *filter(None, [self.mlp_output_projection]),
+            *filter(
+                None, [self.mlp_output_projection, self.mlp_input_projection, self.mlp_activation]
+            ),
         )
         last = self.block(self.n_layers - 1)
         return (
@@ -166,6 +173,8 @@ def gpt2(config: PretrainedConfig) -> Architecture | None:
         mlp="mlp",
         mlp_output_projection="mlp.c_proj",
         d_mlp=config.n_inner or 4 * d_model,
+        mlp_input_projection="mlp.c_fc",
+        mlp_activation="mlp.act",
         position_embed="transformer.wpe",
         score_scales=tuple(scale / divisor for divisor in by_layer),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from circuitlab.errors import CircuitLabError, GraphError, OptionError, PluginEr
 from circuitlab.graph import EDGE_SCORE, CircuitGraph, effect_name
 from circuitlab.loading import Source, load_model
 from circuitlab.options import check_values
-from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry, describe
+from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Command, Registry, describe
 
 if TYPE_CHECKING:
     from circuitlab.baseline import Baseline
@@ -156,11 +157,46 @@ def _run(
 ) -> CircuitGraph:
     """The analysis's circuit; what a plugin does wrong becomes a PluginError that names it."""
     owner = f"analysis {analysis.name!r} of plugin {analysis.plugin!r}"
+    with _by_plugin(owner, model, seed):
+        circuit = analysis.function(model, task, **options)
+    if not isinstance(circuit, CircuitGraph):
+        raise PluginError(f"{owner} returned {type(circuit).__name__}, not a CircuitGraph")
+    _validate(circuit, owner)
+    return circuit
+
+
+def run_command(
+    command: Command, model: TracedModel, options: dict[str, Any], *, seed: int = 0
+) -> dict[str, Any]:
+    """What a plugin's command found, by label.
+
+    Raises:
+        OptionError: it has no such option, or the option no such value.
+        PluginError: it failed, or gave something else than plain JSON by label.
+    """
+    owner = f"command {command.name!r} of plugin {command.plugin!r}"
+    check_values(command.options, options, owner)
+    with _by_plugin(owner, model, seed):
+        found = command.function(model, **options)
     try:
-        # The caller's own random numbers go on as if nothing had been drawn here.
+        plain: dict[str, Any] = json.loads(json.dumps(dict(found), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"{owner} gave {type(found).__name__} ({error}); give plain JSON and finite, by label"
+        ) from error
+    return plain
+
+
+@contextmanager
+def _by_plugin(owner: str, model: TracedModel, seed: int) -> Iterator[None]:
+    """What a plugin does inside is seeded, and what it does wrong becomes an error that names it.
+
+    The caller's own random numbers go on as if nothing had been drawn here.
+    """
+    try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            circuit = analysis.function(model, task, **options)
+            yield
     except GraphError as error:
         # The graph is the plugin's own work, whoever noticed.
         raise PluginError(f"{owner} made a bad circuit: {error}") from error
@@ -170,10 +206,6 @@ def _run(
         raise
     except (Exception, SystemExit) as error:  # a plugin may raise anything
         raise PluginError(f"{owner} failed: {describe(error)}") from error
-    if not isinstance(circuit, CircuitGraph):
-        raise PluginError(f"{owner} returned {type(circuit).__name__}, not a CircuitGraph")
-    _validate(circuit, owner)
-    return circuit
 
 
 def _validate(circuit: CircuitGraph, owner: str) -> None:

@@ -127,8 +127,8 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
         ),
         _check(
             "q, k and v are projected from the residual stream",
-            torch.stack(projected),
-            torch.stack([run[site][mask] for site in ports]),
+            torch.cat([value.flatten(1) for value in projected], 1),
+            torch.cat([run[site][mask].flatten(1) for site in ports], 1),
             model,
         ),
         _heads_carry_values(model, plain.tokens, run),

@@ -27,7 +27,11 @@ _STYLES = {
     "gate": ("#FFF3C4", "#444444", "#111111", 0.0),
     "residual": ("#FFFFFF", "#999999", "#111111", 0.0),
     "token": ("#F4F4F4", "#999999", "#111111", 9.0),
+    "feature": ("#FFFFFF", "#444444", "#111111", 9.0),
+    "error": ("#F4F4F4", "#999999", "#111111", 0.0),
 }
+#: Where in a layer the features of a site stand.
+_PLACES = {"resid_pre": -1, "mlp_in": 0, "mlp_out": 1, "resid_post": 2}
 _OTHER_STYLE = ("#FFFFFF", "#888888", "#111111", 0.0)
 _NO_POSITION = -(1 << 30)
 
@@ -218,6 +222,8 @@ def _rank(circuit: CircuitGraph, name: str, names: set[str]) -> tuple[int, ...]:
         return (*max(members, default=(layer, 0)), 1)
     if kind == "residual" and (site := re.match(r"resid_(pre|mid|post)\b", name)):
         return {"pre": (layer, -1), "mid": (layer, 0, 2), "post": (layer, 2)}[site[1]]
+    if kind in ("feature", "error") and (site := re.match(r"[a-z_]+", str(data.get("site")))):
+        return (layer, _PLACES.get(site[0], 1))
     return (layer, 0 if kind == "head" else 1)
 
 

@@ -4,6 +4,7 @@
 .mib.json      circuit JSON of EAP-IG and of the MIB benchmark (Hanna et al. 2024)
 .graphml       for Gephi, Cytoscape, yEd
 .dot .svg .png .pdf   pictures (see ``render``)
+.plot.svg .plot.png .plot.pdf   panels (see ``plots``)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import networkx as nx
 
-from circuitlab import render
+from circuitlab import plots, render
 from circuitlab.errors import GraphError, OptionError, PluginError, ResourceError
 from circuitlab.graph import CircuitGraph
 from circuitlab.labels import visible
@@ -56,6 +57,7 @@ EXPORTERS: dict[str, Exporter] = {
     ".mib.json": write_mib,
     ".graphml": write_graphml,
     **dict.fromkeys(render.SUFFIXES, render.draw),
+    **dict.fromkeys(plots.SUFFIXES, plots.plot),
 }
 
 

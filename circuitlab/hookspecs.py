@@ -1,4 +1,4 @@
-"""The five hooks a plugin can implement.
+"""The six hooks a plugin can implement.
 
 A plugin is a module named by an entry point of the group ``circuitlab``. Arguments are only ever
 added, and an implementation may take a subset of them.
@@ -6,7 +6,7 @@ added, and an implementation may take a subset of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     AnalysisFunction = Callable[..., CircuitGraph]
     Exporter = Callable[[CircuitGraph, Path], Any]
+    CommandFunction = Callable[..., Mapping[str, Any]]
 
 hookspec = pluggy.HookspecMarker("circuitlab")
 hookimpl = pluggy.HookimplMarker("circuitlab")
@@ -60,6 +61,17 @@ def register_exporters(register: Callable[[str, Exporter], None]) -> None:
 
     ``write(circuit: CircuitGraph, path: Path)`` writes the whole file at ``path``; CircuitLab moves
     it into place once it is complete.
+    """
+
+
+@hookspec
+def register_commands(register: Callable[[str, CommandFunction], None]) -> None:
+    """Offer commands beside ``trace``: call ``register("group name", function)`` once for each.
+
+    Two kebab-case words: ``circuitlab dict train`` is ``dict train``. The function is called as
+    ``function(model: TracedModel, *, option=default, ...)``; its options are read as those of an
+    analysis. It returns what it found by label, plain JSON, and shows progress by
+    ``circuitlab.track``. Do not import torch or run a model here.
     """
 
 

@@ -62,3 +62,8 @@ def invisible(character: str) -> bool:
 
 def _visible(character: str) -> str:
     return f"\\u{{{ord(character):x}}}" if invisible(character) else character
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 layer``, ``12 layers``, ``32,491 edges``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -7,12 +7,13 @@ out by Graphviz (see ``render``); :func:`grid` places all others, layer by compo
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from circuitlab.components import Component, Effect, draw_component, draw_effect, number
-from circuitlab.graph import CircuitGraph
+from circuitlab.graph import EDGE_SCORE, CircuitGraph
 from circuitlab.scene import Box, Curve, Point, Text, arrow_length
 
 #: Effects a picture shows unless it is told otherwise: more cannot be told apart.
@@ -26,6 +27,8 @@ MAX_NUMBERED = 16
 HELPS, HURTS = "#0072B2", "#D55E00"
 #: The same, greyed, for a circuit that its own check did not establish.
 FAINT_HELPS, FAINT_HURTS = "#7F97A6", "#B09384"
+#: Where a sign says something else: their bluish green and reddish purple.
+NEGATIVE, POSITIVE = "#AA4499", "#009E73"
 #: An effect of exactly 0 neither helps nor hurts.
 NEUTRAL = "#888888"
 
@@ -41,6 +44,8 @@ class Selection:
         scores: Smallest and largest |score| that is shown.
         established: False when the circuit says that its own check did not establish it.
         tied: Whether an effect that is left out is as strong as one that is shown.
+        helps: Whether a negative score says that the effect helps the task; else a sign says what
+            the circuit's own score says.
     """
 
     components: Mapping[str, Component]
@@ -49,6 +54,17 @@ class Selection:
     scores: tuple[float, float]
     established: bool
     tied: bool
+    helps: bool
+
+    def colour(self, score: float) -> str:
+        """Colour of a score's sign."""
+        if score == 0:
+            return NEUTRAL
+        if not self.helps:
+            return NEGATIVE if score < 0 else POSITIVE
+        if self.established:
+            return HELPS if score < 0 else HURTS
+        return FAINT_HELPS if score < 0 else FAINT_HURTS
 
     @property
     def small(self) -> bool:
@@ -127,7 +143,14 @@ def select(circuit: CircuitGraph, max_edges: int = MAX_EDGES) -> Selection:
         (min(sizes, default=0.0), max(sizes, default=0.0)),
         circuit.graph.get("verdict") != "not established",
         0 < len(kept) < len(ordered) and abs(kept[-1][3]) == abs(ordered[len(kept)][3]),
+        helps(circuit),
     )
+
+
+def helps(circuit: CircuitGraph) -> bool:
+    """Whether a negative score means that the edge helps, as it does unless a plugin says else."""
+    score = str(circuit.graph.get("score", EDGE_SCORE))
+    return re.search(r"negative (= )?(the edge |it )?helps", score) is not None
 
 
 def _with_whole_gates(
@@ -144,15 +167,6 @@ def line_width(strength: float) -> float:
     return 0.7 + 3.3 * math.sqrt(strength)
 
 
-def colour(score: float, established: bool = True) -> str:
-    """Colour of a score's sign."""
-    if score == 0:
-        return NEUTRAL
-    if established:
-        return HELPS if score < 0 else HURTS
-    return FAINT_HELPS if score < 0 else FAINT_HURTS
-
-
 def boxes(selection: Selection, places: Places) -> list[Box]:
     """The components, drawn."""
     return [_box(c, places.nodes[name]) for name, c in selection.components.items()]
@@ -166,7 +180,7 @@ def curves(selection: Selection, places: Places) -> list[Curve]:
     return [
         Curve(
             points,
-            colour(effect.score, selection.established),
+            selection.colour(effect.score),
             line_width(effect.strength),
             opacity=1.0 - fade * (1.0 - effect.strength),
             tip=tip,
@@ -182,7 +196,7 @@ def numbers(selection: Selection, places: Places) -> list[Text]:
     return [
         Text(
             x, y, number(selection.effects[i].score), 8.0,
-            colour(selection.effects[i].score, selection.established), halo=True,
+            selection.colour(selection.effects[i].score), halo=True,
         )
         for i, (x, y) in sorted(places.numbers.items())
     ]  # fmt: skip

@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from circuitlab.components import number
 from circuitlab.errors import GraphError
-from circuitlab.graph import EDGE_SCORE, CircuitGraph
+from circuitlab.graph import CircuitGraph
 from circuitlab.labels import clip, visible
 from circuitlab.layout import (
     Places,
     Selection,
     boxes,
-    colour,
     curves,
+    helps,
     line_width,
     numbers,
 )
@@ -90,7 +89,7 @@ def caption(circuit: CircuitGraph, selection: Selection) -> list[str]:
     else:
         second = f"showing all {shown:,} {noun}" if shown != 1 else f"showing 1 {noun}"
     score = graph.get("score")
-    third = f"score: {_word(score, 200)}" if score and not _helps(circuit) else ""
+    third = f"score: {_word(score, 200)}" if score and not helps(circuit) else ""
     return [line for line in (first, second, third) if line]
 
 
@@ -137,15 +136,9 @@ def _totals(circuit: CircuitGraph) -> bool:
 
 def sign_words(circuit: CircuitGraph) -> tuple[str, str]:
     """What a negative and a positive score mean."""
-    if _helps(circuit):
+    if helps(circuit):
         return "helps the task (−)", "hurts the task (+)"
     return "negative", "positive"
-
-
-def _helps(circuit: CircuitGraph) -> bool:
-    """Whether a negative score means that the edge helps, as it does unless a plugin says else."""
-    score = str(circuit.graph.get("score", EDGE_SCORE))
-    return re.search(r"negative (= )?(the edge |it )?helps", score) is not None
 
 
 def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
@@ -153,9 +146,12 @@ def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
         return []
     dashed = not selection.established
     items: list[_Item] = []
+    signs = [s for s in (-1.0, 1.0) if any(effect.score * s > 0 for effect in selection.effects)]
+    if signs == [1.0] and not selection.helps:
+        signs = []  # a score that knows no sign
     for sign, words in zip((-1.0, 1.0), sign_words(circuit), strict=True):
-        if any(effect.score * sign > 0 for effect in selection.effects):
-            line = _sample(0.0, 2.2, colour(sign, selection.established), dashed)
+        if sign in signs:
+            line = _sample(0.0, 2.2, selection.colour(sign), dashed)
             items.append((_SAMPLE + 5 + _wide(words), [line], [_words(_SAMPLE + 5, words)]))
     low, high = selection.scores
     texts, lines, x = [_words(0, "|score|")], [], _wide("|score|") + 6

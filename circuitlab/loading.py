@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -87,7 +88,7 @@ def load_unchecked(
     registry: Registry | None = None,
 ) -> tuple[TracedModel, Probe]:
     """The model of :func:`load_model` before its self-check, and what the plain module says."""
-    task_name = None
+    task_name = corpus = None
     if isinstance(source, str | Path):
         where = _device(device)
         module: Any
@@ -95,6 +96,7 @@ def load_unchecked(
         if source in zoo.MODELS:
             module, tokenizer = zoo.load(str(source))
             task_name = zoo.MODELS[str(source)].task
+            corpus = partial(zoo.corpus, str(source))
             revision = None
         else:
             module, tokenizer = _pretrained(str(source), revision, trust_remote_code, allow_pickle)
@@ -108,7 +110,13 @@ def load_unchecked(
     architecture = _architecture(module, name, registry or Registry.load())
     plain = probe(module)
     model = TracedModel(
-        module, tokenizer, architecture, name=name, revision=revision, task_name=task_name
+        module,
+        tokenizer,
+        architecture,
+        name=name,
+        revision=revision,
+        task_name=task_name,
+        corpus=corpus,
     )
     return model, plain
 

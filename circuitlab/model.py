@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from circuitlab.architectures import Architecture
-from circuitlab.errors import GraphError, NumericsError, SiteError
+from circuitlab.errors import GraphError, ModelError, NumericsError, SiteError
+from circuitlab.labels import counted
 from circuitlab.norms import pull_back
 from circuitlab.plans import Ending, Locator, make_plan
 from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
@@ -50,21 +51,24 @@ class TracedModel:
         name: str,
         revision: str | None = None,
         task_name: str | None = None,
+        corpus: Callable[[int, int], Sequence[Prompt]] | None = None,
     ) -> None:
         self.name = name
         self.architecture = architecture
         self.tokenizer = tokenizer
         self.revision = revision
         self.task_name = task_name
+        self._corpus = corpus
         self._module = module
         self._locator = Locator(architecture)
         self._tracer = Tracer(module)
         self.weights = Weights(module, self._locator)
 
     def __repr__(self) -> str:
+        size = f"{counted(self.n_layers, 'layer')}, {counted(self.n_heads, 'head')}"
         return (
-            f"TracedModel({self.name!r}, {self.architecture.family}, {self.n_layers} layers, "
-            f"{self.n_heads} heads, d_model {self.d_model}, {self.dtype} on {self.device})"
+            f"TracedModel({self.name!r}, {self.architecture.family}, {size}, "
+            f"d_model {self.d_model}, {self.dtype} on {self.device})"
         )
 
     @property
@@ -141,6 +145,18 @@ class TracedModel:
             n_positions=self.n_positions,
         )
         return encoded.to(self.device)
+
+    def corpus(self, n: int, seed: int = 0) -> list[Prompt]:
+        """Prompts like those the model learned from, the same for the same seed.
+
+        Raises:
+            ModelError: it is no bundled model, so what it learned from is not here.
+        """
+        if self._corpus is None:
+            raise ModelError(
+                f"model {self.name!r} brings no texts of its own; give some (--data FILE)"
+            )
+        return list(self._corpus(n, seed))
 
     def run(
         self,

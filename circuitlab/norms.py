@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,20 +33,25 @@ class Norm:
         return folded - folded.mean(-2, keepdim=True) if self.centred else folded
 
     def scale(self, module: nn.Module, stream: Tensor) -> Tensor:
-        """What the norm divides by at each position, ``[..., 1]``."""
+        """What the norm divides by at each position, ``[..., 1]``, in the type of the stream."""
         if not self.scaled:
             return torch.ones_like(stream[..., :1])
+        # Nothing tells the scale of a stream of zeros; a tiny one has the same.
+        tiny = torch.linspace(-_TINY, _TINY, stream.shape[-1]).to(stream)
         plain = stream - stream.mean(-1, keepdim=True) if self.centred else stream
-        plain = plain * self.gain.to(stream.dtype)
-        given: Tensor = module(stream) - self.shift.to(stream.dtype)
+        nothing = (plain == 0).all(-1, keepdim=True)
+        plain = torch.where(nothing, tiny, plain)
+        given = _in_type(module, stream.dtype)(torch.where(nothing, tiny, stream))
+        plain, given = plain * self.gain.to(stream.dtype), given - self.shift.to(stream.dtype)
         return (plain * plain).sum(-1, keepdim=True) / (plain * given).sum(-1, keepdim=True)
 
 
 #: How far a norm may be from its formula, as a share of the largest output: some norms compute in
 #: float32 whatever they are given.
 _TRIED = 1e-5
-#: Inputs so large that the small number a norm adds to the variance is nothing.
-_LARGE = 1e4
+#: Inputs so large that the small number a norm adds to the variance is nothing; and so small that
+#: nothing else is left.
+_LARGE, _TINY = 1e4, 1e-9
 
 
 @torch.no_grad()
@@ -56,12 +61,9 @@ def read_norm(module: nn.Module, width: int) -> Norm:
     Raises:
         ModelError: it is neither a LayerNorm, an RMSNorm nor an identity.
     """
-    wide = {name: tensor.detach().double() for name, tensor in module.state_dict().items()}
-    device = next((tensor.device for tensor in wide.values()), torch.device("cpu"))
-
-    def norm(x: Tensor) -> Tensor:
-        return torch.func.functional_call(module, wide, x)  # type: ignore[no-any-return]
-
+    parameters = [tensor.detach().double() for tensor in module.state_dict().values()]
+    device = next((tensor.device for tensor in parameters), torch.device("cpu"))
+    norm = _in_type(module, torch.float64)
     generator = torch.Generator().manual_seed(0)
     tried = torch.randn(8, width, dtype=torch.float64, generator=generator) * _LARGE
     tried = tried.to(device)
@@ -78,13 +80,23 @@ def read_norm(module: nn.Module, width: int) -> Norm:
         plain = plain / plain.square().mean(-1, keepdim=True).sqrt()
     # Of the inputs, the one that is largest in each coordinate tells its gain best.
     best = plain.abs().argmax(0, keepdim=True)
-    gain = _exact((given.gather(0, best) / plain.gather(0, best))[0], list(wide.values()))
+    gain = _exact((given.gather(0, best) / plain.gather(0, best))[0], parameters)
     if not same(gain * plain, given):
         raise ModelError(
             f"norm of class {type(module).__name__} is neither a LayerNorm, an RMSNorm nor an "
             f"identity, so it cannot be folded into the weights that read it"
         )
     return Norm(gain, shift, centred, scaled)
+
+
+def _in_type(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The norm with parameters of another type."""
+    state = {name: tensor.detach().to(dtype) for name, tensor in module.state_dict().items()}
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, state, x)  # type: ignore[no-any-return]
+
+    return norm
 
 
 def _exact(gain: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -13,16 +13,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from circuitlab.errors import OptionError
 
-#: Flags every analysis has; an analysis cannot use these names.
+#: Flags every command of a plugin has; its options cannot use these names.
 COMMON = frozenset(
     {
-        "model", "task", "task_file", "clean", "corrupt", "answer", "wrong", "metric", "align",
-        "n_prompts", "allow_weak", "output", "force", "annotate", "device", "dtype", "seed",
-        "revision", "offline", "trust_remote_code", "allow_pickle", "json", "quiet", "progress",
-        "color", "fail_under", "dry_run", "config", "debug_traceback", "remote", "log_level",
-        "resume", "timeout", "help",
+        "model", "device", "dtype", "seed", "revision", "offline", "trust_remote_code",
+        "allow_pickle", "json", "quiet", "progress", "color", "dry_run", "config",
+        "debug_traceback", "remote", "log_level", "timeout", "help",
     }
 )  # fmt: skip
+#: Those of every analysis.
+COMMON_TO_ANALYSES = COMMON | {
+    "task", "task_file", "clean", "corrupt", "answer", "wrong", "metric", "align", "n_prompts",
+    "allow_weak", "output", "force", "annotate", "fail_under", "resume",
+}  # fmt: skip
 
 _SCALARS: tuple[type, ...] = (int, float, str, bool, Path)
 
@@ -90,8 +93,14 @@ class Option:
         )
 
 
-def read_options(function: Callable[..., Any]) -> tuple[Option, ...]:
-    """The options of an analysis function.
+def read_options(
+    function: Callable[..., Any], called: tuple[str, ...] = ("model", "task")
+) -> tuple[Option, ...]:
+    """The options of a plugin's function.
+
+    Args:
+        function: An analysis, or a command.
+        called: Names of what it is given by position.
 
     Raises:
         TypeError: a parameter has no default, a type that is no option's, or a common flag's name.
@@ -99,12 +108,15 @@ def read_options(function: Callable[..., Any]) -> tuple[Option, ...]:
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     name = getattr(function, "__name__", repr(function))
-    if len(positional) != 2 or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        raise TypeError(f"{name} must be called as {name}(model, task, *, option=default, ...)")
-    if positional[1].default not in (inspect.Parameter.empty, None):
-        raise TypeError(f"{name} has another default for its task than None: it is given or not")
+    several = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if len(positional) != len(called) or several:
+        given = ", ".join(called)
+        raise TypeError(f"{name} must be called as {name}({given}, *, option=default, ...)")
+    if positional[-1].default not in (inspect.Parameter.empty, None):
+        raise TypeError(f"{name}: its {called[-1]} is given or not; no default but None is right")
     options = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    return tuple(_read_option(function, parameter) for parameter in options)
+    taken = COMMON_TO_ANALYSES if "task" in called else COMMON
+    return tuple(_read_option(function, parameter, taken) for parameter in options)
 
 
 def check_values(options: tuple[Option, ...], values: dict[str, Any], owner: str) -> None:
@@ -123,12 +135,14 @@ def check_values(options: tuple[Option, ...], values: dict[str, Any], owner: str
             raise OptionError(f"{owner}: {name}={value!r} is not {known[name].expected}")
 
 
-def _read_option(function: Callable[..., Any], parameter: inspect.Parameter) -> Option:
+def _read_option(
+    function: Callable[..., Any], parameter: inspect.Parameter, taken: frozenset[str]
+) -> Option:
     label = f"parameter {parameter.name!r}"
     if parameter.default is inspect.Parameter.empty:
         raise TypeError(f"{label} needs a default")
-    if parameter.name in COMMON:
-        raise TypeError(f"{label} is a flag that every analysis has; choose another name")
+    if parameter.name in taken:
+        raise TypeError(f"{label} is a flag that every command has; choose another name")
     annotation = _evaluate(function, parameter)
     text = ""
     if get_origin(annotation) is Annotated:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from circuitlab.architectures import Architecture
     from circuitlab.graph import CircuitGraph
-    from circuitlab.hookspecs import AnalysisFunction, Exporter
+    from circuitlab.hookspecs import AnalysisFunction, CommandFunction, Exporter
     from circuitlab.model import TracedModel
     from circuitlab.tasks import Task
 
@@ -34,7 +34,14 @@ GROUP = "circuitlab"
 #: Analysis that ``circuitlab trace`` runs when none is named.
 DEFAULT_ANALYSIS = "edge-attribution"
 
-_SINGULAR = {"analyses": "analysis", "tasks": "task", "exporters": "exporter"}
+_SINGULAR = {
+    "analyses": "analysis",
+    "commands": "command",
+    "exporters": "exporter",
+    "tasks": "task",
+}
+#: Words that the command line has itself: no plugin's command can begin with them.
+_OURS = frozenset({"trace", "render", "plugins", "models", "tasks", "doctor"})
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -57,6 +64,16 @@ class Analysis:
     def summary(self) -> str:
         """First line of the function's docstring."""
         return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A registered command: ``name`` is its group and its name, options are from the signature."""
+
+    name: str
+    function: CommandFunction
+    plugin: str
+    options: tuple[Option, ...]
 
 
 @dataclass
@@ -86,6 +103,7 @@ class Registry:
     Attributes:
         plugins: All plugins found, broken ones too, by name.
         analyses: By name.
+        commands: By their two words.
         tasks: By name.
         exporters: By suffix.
     """
@@ -93,6 +111,7 @@ class Registry:
     def __init__(self) -> None:
         self.plugins: dict[str, PluginInfo] = {}
         self.analyses: dict[str, Analysis] = {}
+        self.commands: dict[str, Command] = {}
         self.tasks: dict[str, Task] = {}
         self.exporters: dict[str, Exporter] = {}
         self._manager = pluggy.PluginManager(GROUP)
@@ -267,6 +286,15 @@ class Registry:
             options = read_options(function)
             offers.append(("analyses", name, Analysis(name, function, info.name, options)))
 
+        def command(name: str, function: CommandFunction) -> None:
+            words = name.split(" ")
+            if len(words) != 2 or not all(map(_KEBAB.fullmatch, words)):
+                raise ValueError(f"command {name!r} is not named by two kebab-case words")
+            if words[0] in _OURS:
+                raise ValueError(f"command {name!r} begins with a word of CircuitLab's own")
+            options = read_options(function, ("model",))
+            offers.append(("commands", name, Command(name, function, info.name, options)))
+
         def task(task: Task) -> None:
             offers.append(("tasks", task.name, task))
 
@@ -277,6 +305,7 @@ class Registry:
 
         for hook, register in (
             ("register_analyses", analysis),
+            ("register_commands", command),
             ("register_tasks", task),
             ("register_exporters", exporter),
         ):

@@ -31,8 +31,8 @@ from circuitlab.layout import (
     Places,
     Selection,
     at_gates,
-    colour,
     grid,
+    helps,
     line_width,
     select,
 )
@@ -218,7 +218,7 @@ def _field(text: str) -> str:
 def _edge(index: int, effect: Effect, selection: Selection) -> str:
     width = line_width(effect.strength)
     label = f'label=" {number(effect.score)} ", ' if selection.numbered else ""
-    shade = colour(effect.score, selection.established)
+    shade = selection.colour(effect.score)
     return (
         f'[id="e{index}", {label}color="{shade}", fontcolor="{shade}", penwidth="{width:.2f}", '
         f'arrowsize="{arrow_length(width) / 10:.2f}", '
@@ -230,7 +230,8 @@ def _edge(index: int, effect: Effect, selection: Selection) -> str:
 
 def _sign_line(circuit: CircuitGraph) -> str:
     negative, positive = sign_words(circuit)
-    return f"blue: {negative}; orange: {positive}; width: root of |score|"
+    colours = ("blue", "orange") if helps(circuit) else ("purple", "green")
+    return f"{colours[0]}: {negative}; {colours[1]}: {positive}; width: root of |score|"
 
 
 def _places(selection: Selection, document: dict[str, object]) -> Places:

@@ -18,7 +18,7 @@ from typing import Any
 
 from circuitlab.errors import ResourceError, TaskError
 from circuitlab.labels import excerpt
-from circuitlab.tasks import PromptPair, Task, kind_of, slug
+from circuitlab.tasks import Prompt, PromptPair, Task, kind_of, slug
 
 #: Largest task file read; a million short prompts fit.
 MAX_BYTES = 64 * 2**20
@@ -94,6 +94,41 @@ def read_task(path: str | Path, *, metric: str | None = None) -> Task:
         )
     except TaskError as error:
         raise TaskError(f"{_shown(path)}: {error}") from None
+
+
+def read_texts(path: str | Path) -> list[Prompt]:
+    """The prompts of a file of plain texts: what a model is to read, without answers.
+
+    * ``.txt``: one prompt on each line; empty lines are passed over.
+    * ``.jsonl``: on each line a text, a list of token ids, or an object with one of these under
+      ``text``.
+
+    Raises:
+        TaskError: the file is missing, empty, or malformed; with file and line.
+        ResourceError: the file may not be read.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".txt", ".jsonl"):
+        raise TaskError(f"{_shown(path)}: texts are read from .txt or .jsonl; give one of these")
+    lines = [(n, line) for n, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise TaskError(f"{_shown(path)} holds no text; give at least one line")
+    if path.suffix.lower() == ".txt":
+        return [line.rstrip("\r") for _, line in lines]
+    return [_text_of(path, line, _parse_json(path, line, number), number) for number, line in lines]
+
+
+def _text_of(path: Path, line: str, value: Any, number: int) -> Prompt:
+    if isinstance(value, dict):
+        value = value.get("text")
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(type(part) is int for part in value):
+        return tuple(value)
+    raise TaskError(
+        f"{_shown(path)}:{number}: {excerpt(line, 60)} is neither a text nor a list of token ids, "
+        f"nor has one under 'text'"
+    )
 
 
 def write_task(task: Task, path: str | Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from circuitlab.errors import SiteError
+from circuitlab.errors import ModelError, SiteError
+from circuitlab.folded import HeadWeights, MlpWeights
 from circuitlab.norms import Norm, Readers, read_norm
 from circuitlab.plans import Locator
 from circuitlab.sites import Site
@@ -18,37 +19,6 @@ from circuitlab.wiring import PORTS
 
 #: Columns of a reader handed out at once: an unembedding in float64 would take gigabytes.
 _COLUMNS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class HeadWeights:
-    """The heads of one layer with the norm that feeds them folded in; row vectors from the left.
-
-    With ``σ`` the norm's scale at a position (:meth:`Weights.norm_scale`), a head reads a residual
-    stream ``x`` as ``q = x / σ @ W_q + b_q``, likewise k and v, without another norm. Its score of
-    query i and key j is ``scale * q_i @ R_i @ R_j^T @ k_j`` with ``R`` of
-    :meth:`Weights.rotations`, and it writes ``pattern @ v @ W_o``.
-
-    Attributes:
-        q: ``[n_heads, d_model, d_head]``.
-        k: Same shape; with grouped queries each head has its group's own.
-        v: Likewise.
-        o: ``[n_heads, d_head, d_model]``; centred where every norm of the model centres, so that
-            nothing that is written is lost when it is read.
-        q_bias: ``[n_heads, d_head]``.
-        k_bias: Same shape. It adds the same to every key's score and so cancels in the softmax.
-        v_bias: Same shape. It writes ``v_bias @ o`` whatever the head looks at.
-        scale: ``1 / sqrt(d_head)``, unless the architecture says else.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    q_bias: Tensor
-    k_bias: Tensor
-    v_bias: Tensor
-    scale: float
 
 
 class Weights:
@@ -109,6 +79,43 @@ class Weights:
         q, k, v = ports
         q_bias, k_bias, v_bias = biases
         return HeadWeights(q, k, v, output, q_bias, k_bias, v_bias, a.score_scale(layer))
+
+    @cached_property
+    def centres(self) -> bool:
+        """Whether every norm takes the mean off, so that nothing sees a vector's mean."""
+        a = self._architecture
+        norms = [self._norm_module(None)]
+        for layer in range(a.n_layers):
+            norms += [self._in_block(layer, path) for path in (a.attention_norm, a.mlp_norm)]
+        return all(read_norm(norm, a.d_model).centred for norm in norms)
+
+    @torch.no_grad()
+    def mlp(self, layer: int, dtype: torch.dtype = torch.float32) -> MlpWeights:
+        """The MLP of a layer, its norm folded in; see :class:`MlpWeights`.
+
+        Raises:
+            SiteError: the layer does not exist, or the architecture does not name the MLP's two
+                maps and its nonlinearity, as where a gate multiplies the hidden layer.
+            ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity.
+        """
+        self._locator.check(Site("mlp_post", layer))
+        a = self._architecture
+        if not (a.mlp_input_projection and a.mlp_activation):
+            raise SiteError(
+                f"the architecture of {a.family} does not say what the MLP's hidden layer is: set "
+                f"mlp_input_projection and mlp_activation, if it is one map and a nonlinearity"
+            )
+        norm = read_norm(self._in_block(layer, a.mlp_norm), a.d_model)
+        first = self._in_block(layer, a.mlp_input_projection)
+        last = self._in_block(layer, a.mlp_output_projection)
+        weight = _input_by_output(first).double()
+        return MlpWeights(
+            norm.fold(weight).to(dtype),
+            (norm.shift @ weight + _bias(first).double()).to(dtype),
+            self._in_block(layer, a.mlp_activation),
+            _input_by_output(last).to(dtype),
+            _bias(last).to(dtype),
+        )
 
     @torch.no_grad()
     def embedding(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -178,11 +185,7 @@ class Weights:
             SiteError: the layer does not exist.
         """
         self._locator.check(Site("attn_out", layer))
-        projection = self._in_block(layer, self._architecture.output_projection)
-        bias: Any = projection.bias
-        if bias is None:
-            return _input_by_output(projection).new_zeros(self._architecture.d_model)
-        return bias.detach()  # type: ignore[no-any-return]  # nn.Module types no attribute
+        return _bias(self._in_block(layer, self._architecture.output_projection))
 
     @torch.no_grad()
     def projected(self, site: Site, stream: Tensor, *, per_head: bool = False) -> Tensor:
@@ -195,14 +198,17 @@ class Weights:
                 d_model]``.
 
         Returns:
-            ``[..., batch, pos, n_heads, d_head]``.
+            ``[..., batch, pos, n_heads, d_head]``; of k and v ``n_kv_heads`` where they are shared.
 
         Raises:
             SiteError: the site is of another kind or does not exist.
+            ModelError: ``per_head``, and heads share keys and values.
         """
         if site.kind not in PORTS or site.layer is None:
             raise SiteError(f"site {site} is not a projection; give q, k or v of a layer")
         self._locator.check(site)
+        if per_head:
+            self._refuse_shared("streams of their own for single heads")
         a = self._architecture
         norm = self._in_block(site.layer, a.attention_norm)
         weight, bias = self.heads(site.layer, site.kind), self._head_bias(site)
@@ -216,7 +222,12 @@ class Weights:
 
     @torch.no_grad()
     def readers(self, layer: int, dtype: torch.dtype) -> Readers:
-        """The q, k and v projections of all heads of a layer, in that order."""
+        """The q, k and v projections of all heads of a layer, in that order.
+
+        Raises:
+            ModelError: heads share keys and values.
+        """
+        self._refuse_shared("gradients of single heads")
         a = self._architecture
         norm = self._in_block(layer, a.attention_norm)
         # Joined side by side as they are stored, not head by head: long rows copy faster.
@@ -312,6 +323,15 @@ class Weights:
         bias: Any = self._in_block(site.layer, path).bias
         return None if bias is None else self._locator.view(site, bias.detach()[None, None])[0, 0]
 
+    def _refuse_shared(self, asked: str) -> None:
+        """Refuse what takes keys and values that each head has to itself."""
+        a = self._architecture
+        if a.n_heads_of("k") != a.n_heads:
+            raise ModelError(
+                f"the {a.n_heads} heads of a {a.family} layer share {a.n_heads_of('k')} key and "
+                f"value heads, which have no {asked}; path-patching patches its edges one by one"
+            )
+
     def _norm_module(self, layer: int | None) -> nn.Module:
         a = self._architecture
         if layer is None:
@@ -326,13 +346,7 @@ class Weights:
 
     def _centred(self, written: Tensor) -> Tensor:
         """What is written, ``[..., d_model]``, less its mean where no reader sees the mean."""
-        a = self._architecture
-        norms = [self._norm_module(None)]
-        for layer in range(a.n_layers):
-            norms += [self._in_block(layer, path) for path in (a.attention_norm, a.mlp_norm)]
-        if not all(read_norm(norm, a.d_model).centred for norm in norms):
-            return written
-        return written - written.mean(-1, keepdim=True)
+        return written - written.mean(-1, keepdim=True) if self.centres else written
 
     def _in_block(self, layer: int, path: str) -> nn.Module:
         return self._module.get_submodule(self._architecture.block(layer, path))
@@ -343,3 +357,12 @@ def _input_by_output(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if isinstance(module, nn.Linear) else weight.detach()
+
+
+def _bias(module: nn.Module) -> Tensor:
+    """Bias of a linear map, ``[d_out]``; zeros where it has none."""
+    bias: Any = module.bias
+    if bias is None:
+        weight = _input_by_output(module)
+        return weight.new_zeros(weight.shape[1])
+    return bias.detach()  # type: ignore[no-any-return]  # nn.Module types no attribute

@@ -1,14 +1,18 @@
-"""Print the tables of concepts.md and models.md that come from running the bundled models.
+"""Print the tables of concepts.md and models.md that come from running models made here.
 
 Run by hand after a change of a model; the tests compare what it gives with the pages.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 import circuitlab
 from circuitlab import zoo
+from circuitlab.zoo.circle import Circle
+from circuitlab.zoo.compiling import least_attention
 
 #: The edge that carries one bit; the induction head's key for the model without bits.
 ONE_BIT = ("a0.h0", "m0", "")
@@ -18,7 +22,13 @@ KEY = ("a0.h0", "a1.h0", "k")
 def main() -> None:
     """Print every table."""
     torch.set_num_threads(1)
-    for title, rows in (("concepts.md", gap_rows()), ("models.md", model_rows())):
+    tables = (
+        ("concepts.md", gap_rows()),
+        ("models.md, trained models", model_rows()),
+        ("models.md, precision", precision_rows()),
+        ("models.md, ANDs", and_rows()),
+    )
+    for title, rows in tables:
         print(f"\n{title}\n\n" + "\n".join(rows))
 
 
@@ -63,6 +73,32 @@ def model_rows() -> list[str]:
             f"{found['corrupt-logit-difference']:+.1f}",
         ]
         rows.append(f"| `{name}` | {bundled.shape} | {' | '.join(cells)} |")
+    return rows
+
+
+def precision_rows() -> list[str]:
+    """The least attention of circles of words in two types, rounded down, one row for each size."""
+    rows = []
+    for n_words in (64, 4096, 50_257):
+        circle = Circle(n_words)
+        shares = [
+            share
+            for dtype in (torch.float32, torch.float64)
+            for share in least_attention(circle, dtype, sample=4096)
+        ]
+        cells = [f"{math.floor(100 * share) / 100:.2f}" for share in shares]
+        sizes = f"{n_words:,} | {circle.gap:.1e} | {circle.sharpness:.1e}"
+        rows.append(f"| {sizes} | {' | '.join(cells)} |")
+    return rows
+
+
+def and_rows() -> list[str]:
+    """How the models of ANDs compare with the best linear function, one table row for each."""
+    names = ("interaction", "error", "linear-error", "recall", "linear-recall", "precision")
+    rows = []
+    for name in ("hand-and", "and-superposition"):
+        found = zoo.evaluate(name, *zoo.load(name))
+        rows.append(f"| `{name}` | {' | '.join(f'{found[key]:.2f}' for key in names)} |")
     return rows
 
 

@@ -97,10 +97,12 @@ def lab(
 
 
 def _fresh_plugins(patch: pytest.MonkeyPatch) -> None:
-    """Have the trace command look for plugins again, as a new process would."""
+    """Have the command line look for plugins again, as a new process would."""
+    from circuitlab.cli.commands import circuitlab as commands
     from circuitlab.cli.trace import trace
 
     patch.setattr(trace, "_registry", None)
+    patch.setattr(commands, "_groups", None)
 
 
 @pytest.fixture

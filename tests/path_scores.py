@@ -72,6 +72,7 @@ class NeoX:
             parallel=config.use_parallel_residual,
             mlp_output_projection="mlp.dense_4h_to_h",
             d_mlp=config.intermediate_size,
+            rotary="gpt_neox.rotary_emb",
         )
 
 

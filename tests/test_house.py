@@ -38,7 +38,7 @@ def test_there_is_something_to_check() -> None:
     names = set(map(short, MODULES))
     assert {"circuitlab/graph.py", "plugins/circuitlab_edge_attribution/verdict.py"} <= names
     assert len(TESTS) > 20
-    assert len(HOOKS) == 5
+    assert len(HOOKS) == 6
 
 
 def test_source_roots_are_no_packages() -> None:

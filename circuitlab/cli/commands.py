@@ -11,15 +11,19 @@ import click
 
 from circuitlab.cli import screen
 from circuitlab.cli.suggesting import Suggesting
+from circuitlab.errors import PluginError
 from circuitlab.labels import visible
 
 
 class Lazy(Suggesting):
-    """A group whose trace command is built only when it is needed, since it loads every plugin."""
+    """A group whose ``trace``, and commands of plugins, are made only when they are asked for."""
+
+    _groups: dict[str, click.Group] | None = None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of all commands, ``trace`` first."""
-        return ["trace", *(name for name in super().list_commands(ctx) if name != "trace")]
+        """Names of all commands, ``trace`` first, then plugins' and our own by name."""
+        own = [name for name in super().list_commands(ctx) if name != "trace"]
+        return ["trace", *sorted([*own, *self._plugins_groups()])]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """A command; the real ``trace`` unless only its help line is wanted."""
@@ -27,7 +31,18 @@ class Lazy(Suggesting):
             from circuitlab.cli.trace import trace
 
             return trace
-        return super().get_command(ctx, name)
+        return super().get_command(ctx, name) or self._plugins_groups().get(name)
+
+    def _plugins_groups(self) -> dict[str, click.Group]:
+        if self._groups is None:
+            from circuitlab.cli.actions import groups
+
+            try:
+                self._groups = groups()
+            except PluginError as error:  # the others still have their help
+                screen.warn(str(error))
+                self._groups = {}
+        return self._groups
 
 
 EXAMPLES = """\b

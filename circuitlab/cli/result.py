@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from circuitlab.cli import screen
 from circuitlab.errors import OptionError
 from circuitlab.graph import effect_name
+from circuitlab.labels import counted
 
 if TYPE_CHECKING:
     from circuitlab.graph import CircuitGraph
@@ -112,7 +113,9 @@ def _document(
         "paths": [str(path) for path in paths],
         "metrics": metrics(circuit),
         "warnings": list(warnings),
-        "provenance": {key: value for key, value in circuit.graph.items() if key != "warnings"},
+        "provenance": {
+            key: value for key, value in circuit.graph.items() if key not in ("warnings", "plots")
+        },
         "edges": [
             {"source": s, "target": t, "port": p, **circuit.edges[s, t, p]}
             for s, t, p, _ in circuit.effects()
@@ -137,8 +140,8 @@ def _summary(circuit: CircuitGraph) -> dict[str, str]:
     total = facts.get("n_edges_total")
     of = f" of {total:,}" if total else ""
     size, totals = circuit.number_of_edges(), _totals(circuit)
-    shown = f"{size:,}{of} edges" if of and not totals else _counted(size, _noun(totals))
-    rows["size"] = f"{shown}, {_counted(circuit.number_of_nodes(), 'component')}"
+    shown = f"{size:,}{of} edges" if of and not totals else counted(size, _noun(totals))
+    rows["size"] = f"{shown}, {counted(circuit.number_of_nodes(), 'component')}"
     rows |= {str(name): str(text) for name, text in facts.get("findings", {}).items()}
     rows["score"] = str(facts["score"])
     return {key: value for key, value in rows.items() if value}
@@ -149,14 +152,10 @@ def _task(base: dict[str, Any]) -> str:
     interval = base["interval"]
     bounds = interval if isinstance(interval, str) else f"[{interval[0]:.3g}, {interval[1]:.3g}]"
     return (
-        f"{_counted(base['n_pairs'], 'pair')}, metric {base['clean']:.3g} clean, "
+        f"{counted(base['n_pairs'], 'pair')}, metric {base['clean']:.3g} clean, "
         f"{base['corrupt']:.3g} corrupt; effect {base['effect']:.3g}, 95 % interval {bounds}; "
         f"accuracy {base['accuracy']:.0%}"
     )
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _noun(totals: bool) -> str:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import os
-import sys
-import tomllib
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from circuitlab.cli import result, screen
+from circuitlab.cli import flags, result, screen
+from circuitlab.cli.flags import option
 from circuitlab.cli.installed import load_registry, warn_of_broken
 from circuitlab.cli.stopping import resumable, stoppable
 from circuitlab.cli.suggesting import Suggesting
-from circuitlab.errors import CircuitLabError, OptionError, QualityError, TaskError
+from circuitlab.errors import CircuitLabError, OptionError, QualityError
 from circuitlab.export import check_target, write_circuit
-from circuitlab.options import Option
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry
 
 if TYPE_CHECKING:
@@ -32,34 +26,12 @@ if TYPE_CHECKING:
 
 METRICS = ("logit-difference", "answer-log-prob", "kl-divergence")
 
-#: Below this many weights a second thread costs more in waiting than it does work.
-ONE_THREAD = 5_000_000
-
 EPILOG = """\b
 Examples:
   circuitlab trace --model ioi-mini --output circuit.svg
   circuitlab trace --model induction --method eap --top 60 --output a.json --output a.pdf
   circuitlab trace --model ./gpt2 --clean "..." --corrupt "..." --answer " Mary" --wrong " John"
 """
-
-
-class AnalysisOption(click.ParamType[Any]):
-    """An analysis's option as click reads it: any of its types, or one of its words."""
-
-    def __init__(self, option: Option) -> None:
-        self.option = option
-        self.name = "|".join([*(kind.__name__.upper() for kind in option.types), *option.choices])
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value that a text means, or a usage error that says what is accepted."""
-        if not isinstance(value, str):
-            if self.option.accepts(value):
-                return value
-            value = str(value)
-        try:
-            return self.option.parse(value)
-        except OptionError as error:
-            self.fail(str(error), param, ctx)
 
 
 class TraceGroup(Suggesting):
@@ -114,7 +86,9 @@ class TraceGroup(Suggesting):
             with formatter.section(f"{name}{default}"):
                 if analysis.summary:
                     formatter.write_text(analysis.summary)
-                rows = [r for o in analysis.options if (r := _click_option(o).get_help_record(ctx))]
+                rows = [
+                    r for o in analysis.options if (r := flags.click_option(o).get_help_record(ctx))
+                ]
                 if rows:
                     formatter.write_dl(rows)
         formatter.write_paragraph()
@@ -141,39 +115,19 @@ def _command(registry: Registry, analysis: Analysis) -> click.Command:
     return click.Command(
         analysis.name,
         callback=run,
-        params=[*(_click_option(option) for option in analysis.options), *_common()],
+        params=[*(flags.click_option(option) for option in analysis.options), *_common()],
         help=analysis.summary,
         epilog=EPILOG,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
 
-def _click_option(option: Option) -> click.Option:
-    settings: dict[str, Any] = {
-        "default": option.default,
-        "help": option.help or None,
-        "show_default": option.default is not None,
-        "envvar": f"CIRCUITLAB_{option.name.upper()}",
-    }
-    if option.types == (bool,):
-        return click.Option([f"{option.flag}/--no-{option.flag[2:]}"], **settings)
-    kind = AnalysisOption(option)
-    # Upper case would be wrong for the words among the choices.
-    return click.Option([option.flag], type=kind, metavar=kind.name, **settings)
-
-
 def _common() -> list[click.Option]:
     """The flags every analysis has."""
     path = click.Path(path_type=Path)
-
-    def option(*names: str, **settings: Any) -> click.Option:
-        flag = max(names, key=len).split("/")[0].lstrip("-").replace("-", "_")
-        settings.setdefault("envvar", f"CIRCUITLAB_{flag.upper()}")
-        return click.Option(list(names), **settings)
-
+    model, *running = flags.running("ioi-mini")
     return [
-        option("-m", "--model", default="ioi-mini", show_default=True,
-               help="Bundled name, folder, or hub id."),
+        model,
         option("-t", "--task", help="Named task, or a task file; by default the model's own."),
         option("-f", "--task-file", type=path, help="Task file: .json .jsonl .csv .toml"),
         option("--clean", help="Clean prompt of a single pair."),
@@ -188,62 +142,21 @@ def _common() -> list[click.Option]:
         option("-o", "--output", type=path, multiple=True,
                help="File to write; the suffix names the format. May be repeated."),
         option("--annotate", multiple=True, help="Plugin that annotates the finished circuit."),
-        option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-        option("--dtype", type=click.Choice(("float32", "bfloat16", "float16", "float64")),
-               default="float32", show_default=True, help="Type the weights are loaded in."),
-        option("--seed", default=0, show_default=True, help="For what is drawn at random."),
         option("--resume", type=path,
                help="Keep the state of the run in this file; go on from what is there."),
-        option("--revision", help="Commit, branch or tag of a hub model."),
-        option("--offline", is_flag=True, help="Never ask the hub."),
-        option("--trust-remote-code", is_flag=True, help="Run code the model carries."),
-        option("--allow-pickle", is_flag=True, help="Read weights from a pickle."),
         option("--fail-under", multiple=True, metavar="NAME=X",
                help="Exit 7 when a metric of the result is below X."),
-        option("--config", type=path, is_eager=True, expose_value=False, callback=_read_config,
-               help="TOML file with any of these flags."),
-        option("--dry-run", is_flag=True, help="Show every setting and where it is from; stop."),
-        option("--json", is_flag=True, help="The result as one JSON document on stdout."),
-        option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
-        option("--progress/--no-progress", default=True, help="Show progress."),
-        option("--color/--no-color", default=True, help="Colours on a terminal."),
-        option("--debug-traceback", is_flag=True, help="Show the traceback of an error."),
+        *running,
+        *flags.showing(),
     ]  # fmt: skip
-
-
-def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """Take a TOML file's values as defaults; an unknown key is refused."""
-    if path is None:
-        return
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise TaskError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise TaskError(f"config {str(path)!r} is not TOML: {error}") from error
-    flags = {(p.name or "").replace("_", "-"): p for p in ctx.command.params}
-    for key, value in values.items():
-        flag = flags.get(key.replace("_", "-"))
-        if flag is None:
-            near = difflib.get_close_matches(key, flags, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"flags are {', '.join(flags)}"
-            raise TaskError(f"config {str(path)!r}: no flag is called {key!r}; {hint}")
-        # click would take a text given where several values may stand for a list of letters.
-        several = flag.multiple and not isinstance(value, list)
-        ctx.default_map = {
-            **(ctx.default_map or {}),
-            flag.name or key: [value] if several else value,
-        }
 
 
 def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> None:
     """Resolve the settings, run the analysis, write the files, show the result."""
-    screen.Screen.quiet = values["quiet"]
-    screen.Screen.progress = values["progress"]
-    screen.Screen.color = screen.Screen.color and values["color"]
+    flags.heed(values)
     warn_of_broken(registry)
     if values["dry_run"]:
-        _show_settings(analysis)
+        flags.show_settings(analysis.name, "analysis")
         return
     # Everything that can be refused without loading a model is refused first.
     thresholds = [result.threshold(text) for text in values["fail_under"]]
@@ -253,8 +166,6 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
         if values["resume"] is not None and path.resolve() == values["resume"].resolve():
             raise OptionError(f"--output and --resume both name {str(path)!r}; name two files")
     task = _task(registry, values)
-    if values["offline"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
     # The state is there until the result is written: what took hours may meet a full disk.
     with resumable(values["resume"]) as state:
         with screen.progress() as listener, screen.quiet_stdout():
@@ -298,23 +209,9 @@ def _build(
 ) -> Any:
     from circuitlab.progress import listening
 
-    screen.say(f"loading {values['model']} …")
+    model = flags.load(values, registry)
     from circuitlab.builder import build_circuit
-    from circuitlab.loading import load_model
 
-    model = load_model(
-        values["model"],
-        device=values["device"],
-        dtype=values["dtype"],
-        revision=values["revision"],
-        trust_remote_code=values["trust_remote_code"],
-        allow_pickle=values["allow_pickle"],
-        registry=registry,
-    )
-    if model.n_parameters < ONE_THREAD:
-        importlib.import_module("torch").set_num_threads(1)
-    revision = f" at {model.revision}" if model.revision else ""
-    screen.say(f"{model!r}{revision}")
     with listening(stoppable(listener), screen.warn):
         return build_circuit(
             model,
@@ -373,25 +270,3 @@ def _answer(text: str) -> str | int:
     """Text, or a token id written as ``[7]``."""
     ids = _prompt(text)
     return ids[0] if isinstance(ids, list) and len(ids) == 1 else text
-
-
-def _show_settings(analysis: Analysis) -> None:
-    ctx = click.get_current_context()
-    origins = {
-        ParameterSource.COMMANDLINE: "flag",
-        ParameterSource.ENVIRONMENT: "environment",
-        ParameterSource.DEFAULT_MAP: "config file",
-        ParameterSource.DEFAULT: "default",
-    }
-    rows = [("analysis", analysis.name, "command")]
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
-        if name not in ctx.params or name in ("dry_run", "help"):
-            continue
-        value = ctx.params[name]
-        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        source = ctx.get_parameter_source(name)
-        origin = origins.get(source, "default") if source else "default"
-        rows.append((name.replace("_", "-"), shown, origin))
-    screen.table(("setting", "value", "from"), rows)
-    sys.stdout.flush()

@@ -12,11 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from circuitlab.errors import ModelError
 from circuitlab.tasks import Task
-from circuitlab.zoo import docstring_mini, greater_than, hand, induction, ioi_mini
+from circuitlab.zoo import (
+    circle,
+    docstring_mini,
+    greater_than,
+    hand,
+    induction,
+    ioi_mini,
+    superposition,
+)
 from circuitlab.zoo.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MODELS",
     "BundledModel",
+    "corpus",
     "digest",
     "evaluate",
     "folder",
@@ -41,9 +51,24 @@ N_EVALUATION = 512
 _WEIGHTS = Path(__file__).parent / "weights"
 _RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE
-    for module in (induction, ioi_mini, greater_than, docstring_mini)
+    for module in (induction, ioi_mini, greater_than, docstring_mini, superposition)
 }
-_TASKS = (induction.TASK, ioi_mini.TASK, greater_than.TASK, docstring_mini.TASK, *hand.TASKS)
+_TASKS = (
+    induction.TASK,
+    ioi_mini.TASK,
+    greater_than.TASK,
+    docstring_mini.TASK,
+    superposition.TASK,
+    *hand.TASKS,
+    *circle.TASKS,
+    *superposition.TASKS,
+)
+_MECHANISMS = (
+    hand.MECHANISMS | dict.fromkeys(circle.CIRCLES, circle.MECHANISM) | superposition.MECHANISMS
+)
+_EFFECTIVE = (
+    hand.EFFECTIVE | dict.fromkeys(circle.CIRCLES, circle.EFFECTIVE) | superposition.EFFECTIVE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +91,11 @@ class BundledModel:
 
 def _trained(name: str, description: str) -> BundledModel:
     recipe = _RECIPES[name]
-    size = f"{recipe.n_layers} layers, {recipe.n_heads} heads, d_model {recipe.d_model}"
+    layers, heads = (
+        f"{n} {noun}" + "s" * (n > 1)
+        for n, noun in ((recipe.n_layers, "layer"), (recipe.n_heads, "head"))
+    )
+    size = f"{layers}, {heads}, d_model {recipe.d_model}"
     return BundledModel(
         name, "trained", description, name, size + ", no MLP" * recipe.attention_only
     )
@@ -80,6 +109,7 @@ MODELS: dict[str, BundledModel] = {
         _trained("ioi-mini", "names the person who receives; its own algorithm, not GPT-2's"),
         _trained("greater-than", "ends a span of years later than it began"),
         _trained("docstring-mini", "documents a function's arguments in order, by attention alone"),
+        _trained("and-superposition", "the ANDs of 32 pairs of 16 inputs, by 24 ReLUs"),
         BundledModel(
             "hand-induction",
             "hand",
@@ -97,6 +127,37 @@ MODELS: dict[str, BundledModel] = {
             )
             for gate in hand.GATES.values()
         ),
+        *(
+            BundledModel(
+                name,
+                "hand",
+                f"says whether a word came before; {words.n_words:,} words in 2 dimensions",
+                name,
+                "1 layer, 1 head, d_model 64, no norms",
+            )
+            for name, words in circle.CIRCLES.items()
+        ),
+        BundledModel(
+            "hand-and",
+            "hand",
+            "the ANDs of all 120 pairs of 16 inputs, by 31 ReLUs",
+            "hand-and",
+            "1 layer, 1 head, d_model 64, no norms",
+        ),
+        BundledModel(
+            "hand-planted",
+            "hand",
+            "16 features, each made of two of 16 others by a known graph",
+            "hand-planted",
+            "1 layer, 1 head, d_model 33, no norms",
+        ),
+        BundledModel(
+            "hand-interference",
+            "hand",
+            "says A, and holds A xor B by an interference of known size",
+            "hand-interference",
+            "1 layer, 1 head, d_model 16, no norms",
+        ),
     )
 }
 
@@ -104,6 +165,26 @@ MODELS: dict[str, BundledModel] = {
 def tasks() -> tuple[Task, ...]:
     """The tasks of all bundled models, named like them; the trained ones' pairs are held out."""
     return _TASKS
+
+
+def corpus(name: str, n: int, seed: int = 0) -> list[str]:
+    """``n`` texts like those a trained model learned from, the same for the same seed.
+
+    Those of a model made by a formula are drawn at random where it is one of superposition, else
+    the prompts of its task, over and over.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    rng = Random(f"{name} corpus {seed}")  # noqa: S311  # data, not secrets
+    if name in superposition.TEXTS:
+        return [superposition.TEXTS[name](rng) for _ in range(n)]
+    if _entry(name).kind == "hand":
+        task = next(task for task in _TASKS if task.name == name)
+        prompts = [str(prompt) for pair in task.pairs for prompt in (pair.clean, pair.corrupt)]
+        return [prompts[rng.randrange(len(prompts))] for _ in range(n)]
+    recipe = _RECIPES[name]
+    return [recipe.example(rng).text for _ in range(n)]
 
 
 def folder(name: str) -> Path:
@@ -184,10 +265,13 @@ def train(
         ModelError: there is no such model, or it is not trained.
     """
     recipe = _recipe(name, "is compiled, not trained; use zoo.load")
-    from circuitlab.zoo import training
+    from circuitlab.zoo import summing, training
     from circuitlab.zoo.word_tokenizer import word_tokenizer
 
-    module = training.train(recipe, seed=seed, steps=steps, progress=progress)
+    if isinstance(recipe, superposition.GatesRecipe):
+        module = summing.train_gates(recipe, seed=seed, steps=steps, progress=progress)
+    else:
+        module = training.train(recipe, seed=seed, steps=steps, progress=progress)
     tokenizer = word_tokenizer(recipe.vocabulary, recipe.n_positions)
     return module, tokenizer, evaluate(name, module, tokenizer)
 
@@ -213,13 +297,19 @@ def evaluate(
 
     All models: ``accuracy``, ``probability-difference``, ``clean-logit-difference`` and
     ``corrupt-logit-difference``; induction also ``previous-token`` and ``induction``, the attention
-    of its best heads; gates also ``table-error``, in logits.
+    of its best heads; gates also ``table-error``, in logits; circles also ``duplicate`` and
+    ``rest``, the least attention of the last word to itself earlier on in clean prompts and to
+    ``<bos>`` in corrupt ones, and ``precision-limit``, the most words, a power of two, that weights
+    and arithmetic of the module's type can tell apart; models of ANDs also ``recall``,
+    ``precision`` and ``error``, and with ``linear-`` before them those of the best linear function
+    of the inputs, see :func:`circuitlab.zoo.summing.gate_scores`; hand-planted also
+    ``table-error``, the largest distance of a feature from its graph's value.
 
     Raises:
         ModelError: there is no such model.
     """
     _entry(name)
-    from circuitlab.zoo import compiling, training
+    from circuitlab.zoo import compiling, summing, training
 
     task = next(task for task in _TASKS if task.name == name)
     recipe = _RECIPES.get(name)
@@ -229,6 +319,12 @@ def evaluate(
         metrics |= training.induction_scores(module, tokenizer, pairs[:128])
     if name in hand.GATES:
         metrics["table-error"] = compiling.gate_error(hand.GATES[name], module, tokenizer)
+    if name in circle.CIRCLES:
+        metrics |= compiling.circle_scores(module, tokenizer, pairs)
+    if name in superposition.GATED_PAIRS:
+        metrics |= summing.gate_scores(name, module, tokenizer)
+    if name == "hand-planted":
+        metrics["table-error"] = summing.planted_error(module, tokenizer)
     return metrics
 
 
@@ -250,9 +346,9 @@ def known_edges(
     if _entry(name).kind == "trained":
         raise ModelError(
             f"model {name!r} was trained, so its true circuit is not known; "
-            f"known are those of {', '.join(hand.MECHANISMS)}"
+            f"known are those of {', '.join(_MECHANISMS)}"
         )
-    return (hand.MECHANISMS if sense == "mechanism" else hand.EFFECTIVE)[name]
+    return (_MECHANISMS if sense == "mechanism" else _EFFECTIVE)[name]
 
 
 def _entry(name: str) -> BundledModel:

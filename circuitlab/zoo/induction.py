@@ -74,7 +74,11 @@ RECIPE = Recipe(
     words=WORDS,
     example=example,
     pair=pair,
-    steps=1200,
+    steps=1600,
     learning_rate=3e-3,
+    # Small initial weights that decay leave less noise in the trained ones: by their weights alone
+    # the previous-token head and the induction heads then compose at twice chance, not 1.6 times.
+    weight_decay=0.05,
+    weight_std=0.03,
 )
 TASK = RECIPE.task("complete a repeated series of random words")

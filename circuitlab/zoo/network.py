@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from circuitlab.zoo.recipe import BOS, PAD, SPECIAL_WORDS
@@ -40,6 +41,28 @@ def gpt2(
     )
     module = GPT2LMHeadModel(config)
     module.set_attn_implementation("eager")
+    return module
+
+
+def silent(
+    n_words: int, n_positions: int, *, width: int, n_layers: int, n_inner: int, n_heads: int = 2
+) -> GPT2LMHeadModel:
+    """A GPT-2 without norms whose weights are all zero."""
+    with torch.random.fork_rng(devices=[]):
+        module = gpt2(
+            n_words,
+            n_positions,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            d_model=width + width % n_heads,
+            n_inner=n_inner,
+            activation="relu",
+        )
+    norms = [name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)]
+    for name in norms:
+        module.set_submodule(name, nn.Identity())
+    for weight in parameters(finished(module)).values():
+        weight.zero_()
     return module
 
 

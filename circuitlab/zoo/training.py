@@ -38,7 +38,7 @@ def train(
     total = recipe.steps if steps is None else steps
     rng = Random(f"{recipe.name} {seed}")  # noqa: S311  # data, not secrets
     ids = {word: index for index, word in enumerate(recipe.vocabulary)}
-    with _repeatable(seed):
+    with repeatable(seed):
         module = build(recipe)
         optimizer = torch.optim.AdamW(
             [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -179,7 +179,8 @@ def _membership(
 
 
 @contextmanager
-def _repeatable(seed: int) -> Iterator[None]:
+def repeatable(seed: int) -> Iterator[None]:
+    """Seeds torch's global random state, with one thread; afterwards both are as before."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -33,22 +33,6 @@ def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], Non
     register("subspace-patching", subspace_patching)
 
 
-@circuitlab.hookimpl
-def register_exporters(
-    register: Callable[[str, Callable[[CircuitGraph, Path], None]], None],
-) -> None:
-    """Offer plots: ``.plot.svg``, ``.plot.png`` and ``.plot.pdf``."""
-    for suffix in (".plot.svg", ".plot.png", ".plot.pdf"):
-        register(suffix, write_plot)
-
-
-def write_plot(circuit: CircuitGraph, path: Path) -> None:
-    """Write the plots that the circuit has data for."""
-    from circuitlab_path_patching.plots.plot import plot
-
-    plot(circuit, path)
-
-
 def path_patching(
     model: TracedModel,
     task: Task,

@@ -17,6 +17,7 @@ from circuitlab_path_patching.effects import (
 )
 from circuitlab_path_patching.gates.finding import add_gates
 from circuitlab_path_patching.gates.groups import parse_groups
+from circuitlab_path_patching.panels import add_panels
 from circuitlab_path_patching.paths.circuits import (
     hypothesis_circuit,
     path_circuit,
@@ -102,6 +103,12 @@ def run(model: TracedModel, task: Task, asked: Asked) -> CircuitGraph:
         TaskError: positions of clean and corrupt prompts do not correspond.
     """
     asked.check()
+    circuit = _measured(model, task, asked)
+    add_panels(circuit, task.metric)
+    return circuit
+
+
+def _measured(model: TracedModel, task: Task, asked: Asked) -> CircuitGraph:
     if asked.groups:
         parse_groups(asked.groups, model.wiring)
     hypotheses = asked.hypothesis and read_hypotheses(asked.hypothesis, model.wiring)

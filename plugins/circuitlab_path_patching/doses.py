@@ -25,6 +25,7 @@ from circuitlab_path_patching.effects import (
     total_circuit,
 )
 from circuitlab_path_patching.measures import NEGLIGIBLE
+from circuitlab_path_patching.panels import add_panels
 from circuitlab_path_patching.paths.language import parse_components
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def dose_response(
         "doses": {"alphas": alphas, "curves": curves, "what": f"effect on {task.metric}"},
         "findings": {curve["name"]: _said(curve, alphas) for curve in curves[:SHOWN]},
     }
+    add_panels(circuit, task.metric)
     return circuit
 
 

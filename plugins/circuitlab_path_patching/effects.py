@@ -12,6 +12,7 @@ import torch
 from circuitlab import (
     CircuitGraph,
     Edge,
+    Heatmap,
     OptionError,
     Site,
     edge_effects,
@@ -176,7 +177,7 @@ def stream_circuit(
 ) -> CircuitGraph:
     """The residual stream patched at each layer and position; the strongest kept.
 
-    ``graph["heatmap"]`` has all of them, layers by positions.
+    A heat map, layers by positions, has all of them.
 
     Raises:
         TaskError: positions of clean and corrupt prompts do not correspond.
@@ -188,15 +189,19 @@ def stream_circuit(
     rows: dict[str, list[float]] = defaultdict(list)
     for patch, effect in zip(patches, stronger(effects).tolist(), strict=True):
         rows[str(patch.site)].append(effect)
-    circuit.graph["heatmap"] = {
-        "rows": list(rows),
-        "columns": [
+    Heatmap(
+        title="Where it matters",
+        caption="The residual stream patched at each place. White is no effect, blue helps.",
+        rows=list(rows)[::-1],  # layers rise
+        columns=[
             name if "tokens" in data else f"{name} {data['token']}"
             for name, data in columns(setting.pairs)
         ],
-        "values": list(rows.values()),
-        "what": "effect of patching the residual stream, metric units; negative = helps",
-    }
+        values=list(rows.values())[::-1],
+        what=f"effect on {setting.pairs.metric.name}",
+        row_label="stream",
+        column_label="position",
+    ).add_to(circuit)
     circuit.graph["method"] = (
         f"exact patching of {len(patches):,} stream positions, {' and '.join(setting.modes)}"
     )

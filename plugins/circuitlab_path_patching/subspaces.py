@@ -23,6 +23,7 @@ from circuitlab_path_patching.directions import read_subspace, row_space, split
 from circuitlab_path_patching.effects import Patch, Setting, measure, total_circuit
 from circuitlab_path_patching.features import from_the_end, parse_site
 from circuitlab_path_patching.measures import effect_text
+from circuitlab_path_patching.panels import add_panels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,6 +161,7 @@ def subspace_patching(
     }
     _tell(circuit, patches, found, summary)
     circuit.graph["method"] = f"exact patching of a subspace, {' and '.join(setting.modes)}"
+    add_panels(circuit, task.metric)
     return circuit
 
 

@@ -13,6 +13,7 @@ import pytest
 from circuitlab.errors import GraphError, OptionError, PluginError, ResourceError
 from circuitlab.export import EXPORTERS, find_exporter, read_circuit, read_mib, write_circuit
 from circuitlab.graph import CircuitGraph
+from circuitlab.panels import TextTable
 from circuitlab.wiring import Wiring
 
 
@@ -61,6 +62,7 @@ def test_unknown_suffix_is_refused_before_any_work(name: str, tmp_path: Path) ->
 def test_every_format_is_written(suffix: str, circuit: CircuitGraph, tmp_path: Path) -> None:
     """Each suffix gives one complete file and leaves nothing else in the folder."""
     path = tmp_path / f"out put{suffix}"
+    TextTable(title="t", header=["a"], rows=[["b"]]).add_to(circuit)
     assert write_circuit(circuit, path) == []
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_size > 100

@@ -1,4 +1,4 @@
-"""The five hooks: what a plugin offers through each is used, and nothing it did not offer."""
+"""The six hooks: what a plugin offers through each is used, and nothing it did not offer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from circuitlab import (
     CircuitGraph,
     Edge,
     ModelError,
+    OptionError,
+    PluginError,
     PromptPair,
     Site,
     Task,
@@ -26,6 +28,7 @@ from circuitlab import (
     load_model,
     write_circuit,
 )
+from circuitlab.builder import run_command
 from circuitlab.registry import PluginInfo, Registry
 from circuitlab.testing import tiny_model, toy_task
 
@@ -150,6 +153,57 @@ def test_hook_adapt_architecture() -> None:
     change = metric(patched.logits[:, -1]) - metric(clean.logits[:, -1])
     assert float((effect - change).abs()) < 1e-5
     assert float(effect.abs()) > 1e-3
+
+
+def sizes(model: TracedModel, *, of: str = "layers", scale: int = 1) -> dict[str, Any]:
+    """How many there are."""
+    return {of: scale * getattr(model, f"n_{of}")}
+
+
+class Commands:
+    """Offers one command."""
+
+    def __init__(self, name: str = "model sizes", function: Callable[..., Any] = sizes) -> None:
+        self.offer = name, function
+
+    @hookimpl
+    def register_commands(self, register: Callable[..., None]) -> None:
+        register(*self.offer)
+
+
+def test_hook_register_commands() -> None:
+    """An offered command is found by its two words, and runs with its options."""
+    command = installed_and(Commands()).commands["model sizes"]
+    assert [option.name for option in command.options] == ["of", "scale"]
+    assert run_command(command, tiny_model(), {"of": "heads", "scale": 3}) == {"heads": 6}
+    with pytest.raises(OptionError, match="has no option 'off'; its options are of, scale"):
+        run_command(command, tiny_model(), {"off": "heads"})
+
+
+@pytest.mark.parametrize("name", ["sizes", "model sizes now", "Model sizes", "models sizes"])
+def test_a_command_that_cannot_be_called_is_refused(name: str) -> None:
+    """A command has two kebab-case words, the first of them none of CircuitLab's own."""
+    registry = Registry.load()
+    registry.add(Commands(name), PluginInfo("own", "circuitlab-own", "0.1"))
+    assert f"command {name!r}" in str(registry.plugins["own"].failure)
+
+
+@pytest.mark.parametrize("found", [{"a": float("nan")}, {"a": object()}, 3])
+def test_what_a_command_gives_is_plain(found: Any) -> None:
+    """Anything but finite JSON by label is the plugin's fault, and so is an exception."""
+
+    def odd(model: TracedModel) -> Any:
+        """Give something odd."""
+        return found
+
+    def broken(model: TracedModel) -> Any:
+        """Fail."""
+        raise KeyError("x")
+
+    for function, words in ((odd, "give plain JSON"), (broken, "failed: KeyError")):
+        command = installed_and(Commands(function=function)).commands["model sizes"]
+        with pytest.raises(PluginError, match=f"command 'model sizes' of plugin 'own'.*{words}"):
+            run_command(command, tiny_model(), {})
 
 
 def test_core_families_come_last() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 import pytest
 
 from circuitlab import OptionError
-from circuitlab.options import COMMON, Option, check_values, read_options
+from circuitlab.options import COMMON, COMMON_TO_ANALYSES, Option, check_values, read_options
 
 if TYPE_CHECKING:
     from nowhere import Unknown
@@ -186,7 +186,7 @@ def alone(model: object) -> None: ...
         (numbers, "Literal of words"),
         (wrong, "has default '1', not a whole number"),
         (hidden, "'Unknown'.*import it at run time"),
-        (common, "'seed' is a flag that every analysis has"),
+        (common, "'seed' is a flag that every command has"),
         (positional, r"must be called as positional\(model, task, \*"),
         (anything, r"must be called as anything\(model, task, \*"),
         (alone, r"must be called as alone\(model, task, \*"),
@@ -209,5 +209,6 @@ def test_method_has_its_own_arguments() -> None:
 
 def test_common_names_are_parameter_names() -> None:
     """Every reserved name can be a parameter; otherwise reserving it would do nothing."""
-    assert all(name.isidentifier() for name in COMMON)
-    assert {"model", "task", "seed", "output", "device", "dtype"} <= COMMON
+    assert all(name.isidentifier() for name in COMMON_TO_ANALYSES)
+    assert {"model", "seed", "device", "dtype"} <= COMMON
+    assert {"task", "output"} <= COMMON_TO_ANALYSES - COMMON

@@ -30,7 +30,7 @@ def last_logits(module: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tex
 
 
 class Forward:
-    """Runs a two-head GPT-2 without norms edge by edge; edges may carry other values."""
+    """Runs a GPT-2 without norms edge by edge; edges may carry other values."""
 
     def __init__(self, module: GPT2LMHeadModel) -> None:
         self.module, config = module, module.config
@@ -71,10 +71,11 @@ class Forward:
         block = self.module.transformer.h[layer]
         if kind == "mlp":
             return block.mlp(read[name, ""])
-        width, d_head = self.module.config.n_embd, self.module.config.n_embd // 2
+        width = self.module.config.n_embd
+        d_head, inputs = width // self.module.config.n_head, block.attn.c_attn
         queries, keys, values = (
-            read[name, port] @ block.attn.c_attn.weight[:, at * width + head * d_head :][:, :d_head]
-            for at, port in enumerate("qkv")
+            read[name, port] @ inputs.weight[:, start:][:, :d_head] + inputs.bias[start:][:d_head]
+            for port, start in zip("qkv", range(head * d_head, 3 * width, width), strict=True)
         )
         scores = queries @ keys.T / math.sqrt(d_head)
         future = torch.ones_like(scores).triu(1).bool()

@@ -67,7 +67,7 @@ AT_LOAD = {
         def register_analyses(register):
             register("clash", clash)
         """,
-        "parameter 'seed' is a flag that every analysis has",
+        "parameter 'seed' is a flag that every command has",
     ),
     "raises": (
         """

@@ -11,11 +11,10 @@ import path_oracles
 import pytest
 import torch
 from circuitlab_path_patching.doses import dose_response, response
-from circuitlab_path_patching.plots.plot import plot
 from path_scores import TOLERANCES, Brute, gap, padded_pairs, small_model
 from random_tasks import random_task
 
-from circuitlab import CircuitGraph, OptionError, Task, TaskError, load_model, zoo
+from circuitlab import CircuitGraph, OptionError, Task, TaskError, load_model, write_circuit, zoo
 from circuitlab.testing import check_analysis
 
 TASKS = {task.name: task for task in zoo.tasks()}
@@ -255,8 +254,8 @@ def test_curves_are_drawn_and_named(tmp_path: Any) -> None:
     assert doses["what"] == "effect on logit-difference"
     said = "-1, linear, half of it at α = 0.5; slope -1 at 0, steepest -1"
     assert circuit.graph["findings"]["m0 noise"] == said
-    plot(circuit, tmp_path / "doses.svg")
-    drawn = (tmp_path / "doses.svg").read_text("utf-8")
+    write_circuit(circuit, tmp_path / "doses.plot.svg")
+    drawn = (tmp_path / "doses.plot.svg").read_text("utf-8")
     assert "m0 noise" in drawn
     single = gate("gate-add", top=1, senders="m0", mode="noise").graph["doses"]["curves"]
     assert [curve["name"] for curve in single] == ["m0"]

@@ -228,7 +228,7 @@ def test_key_paths_of_induction_stand_in_for_one_another() -> None:
     model = load_model("induction")
     task = next(task for task in zoo.tasks() if task.name == "induction")
     pairs = model.encode(task.take(16))
-    starts, ends = ("input>a0.2:v", "input>a0.2:v>m0"), ("a1.*:k>logits", "a1.*:k>m1>logits")
+    starts, ends = ("input>a0.3:v", "input>a0.3:v>m0"), ("a1.*:k>logits", "a1.*:k>m1>logits")
     keys = hypothesis(model, ",".join(f"{start}>{end}" for start in starts for end in ends))
     lost = only(model, pairs, keys, mode="noise")
     kept = only(model, pairs, keys, mode="denoise")
@@ -236,7 +236,7 @@ def test_key_paths_of_induction_stand_in_for_one_another() -> None:
     assert kept.explained is not None
     assert kept.explained > 0.85
     assert lost.aue > 0.45 * lost.ate
-    assert float(alone.mean(1).sum().abs()) < 0.3 * lost.aue
+    assert float(alone.mean(1).sum().abs()) < 0.5 * lost.aue
 
 
 def test_no_effect_is_no_share() -> None:

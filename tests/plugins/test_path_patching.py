@@ -20,12 +20,14 @@ import circuitlab
 from circuitlab import (
     CircuitGraph,
     EncodedTask,
+    Heatmap,
     OptionError,
     PromptPair,
     Task,
     TracedModel,
     load_model,
     memory,
+    panels_of,
     patching,
 )
 
@@ -188,9 +190,10 @@ def test_senders_and_receivers_choose_edges(model: TracedModel) -> None:
 def test_heat_map_has_every_stream(model: TracedModel) -> None:
     """Layers by positions; what is kept as an effect is the strongest of it."""
     circuit = build(model, random_task([4, 4]), scope="residual", top=3, allow_weak=True)
-    heatmap = circuit.graph["heatmap"]
-    assert (len(heatmap["rows"]), len(heatmap["columns"])) == (5, 4)
-    values = sorted((abs(v) for row in heatmap["values"] for v in row), reverse=True)
+    heatmap = panels_of(circuit)[0]
+    assert isinstance(heatmap, Heatmap)
+    assert (len(heatmap.rows), len(heatmap.columns)) == (5, 4)
+    values = sorted((abs(v or 0) for row in heatmap.values for v in row), reverse=True)
     assert [abs(score) for *_, score in circuit.effects()] == pytest.approx(values[:3])
 
 
@@ -198,7 +201,7 @@ def test_a_column_names_its_token_where_all_prompts_have_it(model: TracedModel) 
     """Where prompts differ the position is named alone, and its commonest texts are kept."""
     pairs = [PromptPair((5, a, 7), (5, a, 9), (1,), (2,)) for a in (11, 12, 12)]
     circuit = build(model, Task("t", tuple(pairs)), scope="residual", top="all", allow_weak=True)
-    assert circuit.graph["heatmap"]["columns"] == ["0 5", "1", "2 7"]
+    assert circuit.graph["plots"][0]["columns"] == ["0 5", "1", "2 7"]
     tokens = [{"11", "12"} if "[1]" in name else set() for name in circuit if "[" in name]
     kept = [set(data.get("tokens", ())) for name, data in circuit.nodes(data=True) if "[" in name]
     assert kept == tokens

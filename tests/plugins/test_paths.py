@@ -250,8 +250,8 @@ def test_induction_runs_through_keys() -> None:
     """The trained model's strongest paths go from the previous-token head into keys of layer 1."""
     found = strongest_paths(bundled("induction", n_pairs=8, mode="denoise"), max_hops=3)
     best = [str(found.paths[number]) for number in found.order()[:3]]
-    assert best[0] == "input>a0.h2:v>a1.h1:k>logits"
-    assert all(path.startswith("input>a0.h2:v>") and ":k>" in path for path in best)
+    assert best[0] == "input>a0.h3:v>a1.h1:k>logits"
+    assert all(path.startswith("input>a0.h3:v>") and ":k>" in path for path in best)
 
 
 def test_nothing_is_left_of_a_module(gpt2: tuple[Any, TracedModel]) -> None:

@@ -174,11 +174,11 @@ def test_positions_count_from_the_end_where_lengths_differ(model: TracedModel) -
     assert circuit.edges["t-5", "logits", ""]["n_pairs"] == 2
     assert circuit.nodes["t-5"]["position"] == -5
     assert "t-1 is the last one" in circuit.graph["warnings"][0]
-    heatmap = circuit.graph["heatmap"]
+    heatmap = circuit.graph["plots"][0]
     assert heatmap["rows"] == ["pair 1", "pair 2", "pair 3"]
     assert [value is None for value in heatmap["values"][1]] == [True, True, True, False, False]
     assert heatmap["values"][2][1] == pytest.approx(float(single[(-5,)][2]))
-    assert heatmap["texts"][0][0] == str(task.pairs[0].clean[0])
+    assert heatmap["notes"][0][0] == str(task.pairs[0].clean[0])
 
 
 def test_tokens_are_labelled_by_their_text(model: TracedModel) -> None:
@@ -189,7 +189,7 @@ def test_tokens_are_labelled_by_their_text(model: TracedModel) -> None:
     assert "tokens" not in circuit.nodes["t0"]
     assert circuit.nodes["t1"]["token"] == "12"
     assert set(circuit.nodes["t1"]["tokens"]) == {"11", "12", "13"}
-    assert circuit.graph["heatmap"]["columns"] == ["t0 5", "t1", "t2 7", "t3 8"]
+    assert circuit.graph["plots"][0]["columns"] == ["t0 5", "t1", "t2 7", "t3 8"]
 
 
 def test_circuit_is_complete_and_repeatable(model: TracedModel) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from circuitlab import CircuitGraph, OptionError
+from circuitlab import CircuitGraph, Heatmap, OptionError
 from circuitlab_path_patching.features import Feature, read_feature
 from circuitlab_path_patching.gates.types import FLAT
+from circuitlab_path_patching.panels import add_panels
 from circuitlab_path_patching.tokens.effects import How, TokenEffects, token_effects
 from circuitlab_path_patching.tokens.estimates import estimates
 from circuitlab_path_patching.tokens.gates import TokenGate, add_gates, effect_scale, find_gates
@@ -122,7 +123,8 @@ def _circuit(
         for subset, found in sorted(dividends.items(), key=lambda item: -abs(item[1].mean))
     ][:LISTED]
     what = "metric" if feature is None else feature.name
-    circuit.graph["heatmap"] = _heatmap(effects, pairs, names, what)
+    _heatmap(effects, pairs, names, what).add_to(circuit)
+    add_panels(circuit, pairs.metric.name if feature is None else feature.name)
     circuit.graph["findings"] = _findings(effects, pairs, circuit, gates, names)
     circuit.graph["warnings"] = _warnings(effects, pairs, names)
     circuit.graph["score"] = (
@@ -153,7 +155,7 @@ def _token(effects: TokenEffects, pairs: EncodedTask, position: int) -> dict[str
 
 def _heatmap(
     effects: TokenEffects, pairs: EncodedTask, names: dict[int, str], what: str
-) -> dict[str, Any]:
+) -> Heatmap:
     """Effect of each token in each of the first pairs, and its text; None where there is none."""
     rows, columns, values, texts = range(min(len(pairs), ROWS)), [], [], []
     for position in effects.positions:
@@ -163,14 +165,17 @@ def _heatmap(
         able = effects.able[:, position].tolist()
         scores = effects.scores[(position,)].tolist()
         values.append([scores[row] if able[row] else None for row in rows])
-        texts.append([pairs.tokens_text[row][position] if able[row] else None for row in rows])
-    return {
-        "rows": [f"pair {pairs.numbers[row]}" for row in rows],
-        "columns": columns,
-        "values": list(map(list, zip(*values, strict=True))),
-        "texts": list(map(list, zip(*texts, strict=True))),
-        "what": f"{what}(without the token) - {what}(clean)",
-    }
+        texts.append([pairs.tokens_text[row][position] if able[row] else "" for row in rows])
+    return Heatmap(
+        title="Which tokens matter, pair by pair",
+        caption="White is no effect.",
+        rows=[f"pair {pairs.numbers[row]}" for row in rows],
+        columns=columns,
+        values=list(zip(*values, strict=True)),
+        notes=list(zip(*texts, strict=True)),
+        what=f"{what}(without the token) - {what}(clean)",
+        column_label="token",
+    )
 
 
 def _findings(

@@ -1,0 +1,175 @@
+"""Flags: the options of a plugin's function as click reads them, and those commands share."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from circuitlab.cli import screen
+from circuitlab.errors import OptionError, TaskError
+from circuitlab.options import Option
+
+if TYPE_CHECKING:
+    from circuitlab.model import TracedModel
+    from circuitlab.registry import Registry
+
+#: Below this many weights a second thread costs more in waiting than it does work.
+ONE_THREAD = 5_000_000
+
+
+class AnalysisOption(click.ParamType[Any]):
+    """An analysis's option as click reads it: any of its types, or one of its words."""
+
+    def __init__(self, option: Option) -> None:
+        self.option = option
+        self.name = "|".join([*(kind.__name__.upper() for kind in option.types), *option.choices])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value that a text means, or a usage error that says what is accepted."""
+        if not isinstance(value, str):
+            if self.option.accepts(value):
+                return value
+            value = str(value)
+        try:
+            return self.option.parse(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+def click_option(option: Option) -> click.Option:
+    """A function's option as a flag."""
+    settings: dict[str, Any] = {
+        "default": option.default,
+        "help": option.help or None,
+        "show_default": option.default is not None,
+        "envvar": f"CIRCUITLAB_{option.name.upper()}",
+    }
+    if option.types == (bool,):
+        return click.Option([f"{option.flag}/--no-{option.flag[2:]}"], **settings)
+    kind = AnalysisOption(option)
+    # Upper case would be wrong for the words among the choices.
+    return click.Option([option.flag], type=kind, metavar=kind.name, **settings)
+
+
+def option(*names: str, **settings: Any) -> click.Option:
+    """A flag that may also stand in the environment."""
+    flag = max(names, key=len).split("/")[0].lstrip("-").replace("-", "_")
+    settings.setdefault("envvar", f"CIRCUITLAB_{flag.upper()}")
+    return click.Option(list(names), **settings)
+
+
+def running(default_model: str) -> list[click.Option]:
+    """The flags that say what is run, and on what; ``--model`` first."""
+    return [
+        option("-m", "--model", default=default_model, show_default=True,
+               help="Bundled name, folder, or hub id."),
+        option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+        option("--dtype", type=click.Choice(("float32", "bfloat16", "float16", "float64")),
+               default="float32", show_default=True, help="Type the weights are loaded in."),
+        option("--seed", default=0, show_default=True, help="For what is drawn at random."),
+        option("--revision", help="Commit, branch or tag of a hub model."),
+        option("--offline", is_flag=True, help="Never ask the hub."),
+        option("--trust-remote-code", is_flag=True, help="Run code the model carries."),
+        option("--allow-pickle", is_flag=True, help="Read weights from a pickle."),
+    ]  # fmt: skip
+
+
+def showing() -> list[click.Option]:
+    """The flags that say where settings are from and what is shown."""
+    path = click.Path(path_type=Path)
+    return [
+        option("--config", type=path, is_eager=True, expose_value=False, callback=_read_config,
+               help="TOML file with any of these flags."),
+        option("--dry-run", is_flag=True, help="Show every setting and where it is from; stop."),
+        option("--json", is_flag=True, help="The result as one JSON document on stdout."),
+        option("-q", "--quiet", is_flag=True, help="Only errors on stderr."),
+        option("--progress/--no-progress", default=True, help="Show progress."),
+        option("--color/--no-color", default=True, help="Colours on a terminal."),
+        option("--debug-traceback", is_flag=True, help="Show the traceback of an error."),
+    ]  # fmt: skip
+
+
+def heed(values: dict[str, Any]) -> None:
+    """Take the flags about the screen to heart."""
+    screen.Screen.quiet = values["quiet"]
+    screen.Screen.progress = values["progress"]
+    screen.Screen.color = screen.Screen.color and values["color"]
+
+
+def load(values: dict[str, Any], registry: Registry) -> TracedModel:
+    """The model that the flags name."""
+    if values["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    screen.say(f"loading {values['model']} …")
+    from circuitlab.loading import load_model
+
+    model = load_model(
+        values["model"],
+        device=values["device"],
+        dtype=values["dtype"],
+        revision=values["revision"],
+        trust_remote_code=values["trust_remote_code"],
+        allow_pickle=values["allow_pickle"],
+        registry=registry,
+    )
+    if model.n_parameters < ONE_THREAD:
+        importlib.import_module("torch").set_num_threads(1)
+    revision = f" at {model.revision}" if model.revision else ""
+    screen.say(f"{model!r}{revision}")
+    return model
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """Take a TOML file's values as defaults; an unknown key is refused."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise TaskError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TaskError(f"config {str(path)!r} is not TOML: {error}") from error
+    flags = {(p.name or "").replace("_", "-"): p for p in ctx.command.params}
+    for key, value in values.items():
+        flag = flags.get(key.replace("_", "-"))
+        if flag is None:
+            near = difflib.get_close_matches(key, flags, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"flags are {', '.join(flags)}"
+            raise TaskError(f"config {str(path)!r}: no flag is called {key!r}; {hint}")
+        # click would take a text given where several values may stand for a list of letters.
+        several = flag.multiple and not isinstance(value, list)
+        ctx.default_map = {
+            **(ctx.default_map or {}),
+            flag.name or key: [value] if several else value,
+        }
+
+
+def show_settings(command: str, what: str) -> None:
+    """Print every setting of the command that is running, and where it is from."""
+    ctx = click.get_current_context()
+    origins = {
+        ParameterSource.COMMANDLINE: "flag",
+        ParameterSource.ENVIRONMENT: "environment",
+        ParameterSource.DEFAULT_MAP: "config file",
+        ParameterSource.DEFAULT: "default",
+    }
+    rows = [(what, command, "command")]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if name not in ctx.params or name in ("dry_run", "help"):
+            continue
+        value = ctx.params[name]
+        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        source = ctx.get_parameter_source(name)
+        origin = origins.get(source, "default") if source else "default"
+        rows.append((name.replace("_", "-"), shown, origin))
+    screen.table(("setting", "value", "from"), rows)
+    sys.stdout.flush()

@@ -1,0 +1,62 @@
+"""Weights with norms folded in: heads and MLPs as plain maps of the normalised stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """The heads of one layer with the norm that feeds them folded in; row vectors from the left.
+
+    With ``σ`` the norm's scale at a position (:meth:`Weights.norm_scale`), a head reads a residual
+    stream ``x`` as ``q = x / σ @ W_q + b_q``, likewise k and v, without another norm. Its score of
+    query i and key j is ``scale * q_i @ R_i @ R_j^T @ k_j`` with ``R`` of
+    :meth:`Weights.rotations`, and it writes ``pattern @ v @ W_o``.
+
+    Attributes:
+        q: ``[n_heads, d_model, d_head]``.
+        k: Same shape; with grouped queries each head has its group's own.
+        v: Likewise.
+        o: ``[n_heads, d_head, d_model]``; centred where every norm of the model centres, so that
+            nothing that is written is lost when it is read.
+        q_bias: ``[n_heads, d_head]``.
+        k_bias: Same shape. It adds the same to every key's score and so cancels in the softmax,
+            but for what rotary embeddings turn of it.
+        v_bias: Same shape. It writes ``v_bias @ o`` whatever the head looks at.
+        scale: ``1 / sqrt(d_head)``, unless the architecture says else.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """An MLP of one hidden layer with the norm that feeds it folded in; row vectors from the left.
+
+    With ``σ`` the norm's scale (:meth:`Weights.norm_scale`) it reads a stream ``x`` and writes
+    ``activation(x / σ @ w_in + b_in) @ w_out + b_out``.
+
+    Attributes:
+        w_in: ``[d_model, d_mlp]``.
+        b_in: ``[d_mlp]``.
+        activation: Of each number alone; any shape.
+        w_out: ``[d_mlp, d_model]``.
+        b_out: ``[d_model]``.
+    """
+
+    w_in: Tensor
+    b_in: Tensor
+    activation: Callable[[Tensor], Tensor]
+    w_out: Tensor
+    b_out: Tensor

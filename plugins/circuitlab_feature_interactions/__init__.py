@@ -1,0 +1,143 @@
+"""Feature interactions: dictionaries trained so that few features interact, and their circuit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import circuitlab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from circuitlab import CircuitGraph, Task, TracedModel
+
+Sets = Annotated[Path | None, "folder that `circuitlab dict train` wrote"]
+Data = Annotated[
+    Path | None, "file of texts, .txt or .jsonl; what the bundled model learned from, if left out"
+]
+
+
+@circuitlab.hookimpl
+def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], None]) -> None:
+    """Offer ``feature-interactions``."""
+    register("feature-interactions", feature_interactions)
+
+
+@circuitlab.hookimpl
+def register_commands(register: Callable[[str, Callable[..., Mapping[str, Any]]], None]) -> None:
+    """Offer ``dict train`` and ``dict eval``."""
+    register("dict train", train)
+    register("dict eval", evaluate)
+
+
+def feature_interactions(
+    model: TracedModel,
+    task: Task,
+    *,
+    dictionaries: Sets = None,
+    data: Data = None,
+    n_tokens: Annotated[int, "tokens to measure on, those of the task's prompts first"] = 4096,
+    top: Annotated[int | Literal["all"], "how many edges to keep, by absolute score"] = 20,
+    min_coactivation: Annotated[int, "tokens at which both ends of an edge must be active"] = 20,
+    verify: Annotated[int, "edges to ablate exactly, strong, middling and drawn at random"] = 50,
+    cluster: Annotated[bool, "find groups of latents that are active together"] = False,
+    compare: Annotated[Path | None, "another folder of dictionaries, to set beside"] = None,
+    batch_size: Annotated[int | Literal["auto"], "prompts per pass"] = "auto",
+) -> CircuitGraph:
+    """How features of dictionaries make one another, and what they do to the task's metric.
+
+    Farnik et al. 2025 (arXiv:2502.18147) across an MLP; also across whole blocks.
+    """
+    from circuitlab_feature_interactions.circuits import feature_interactions as trace
+
+    return trace(
+        model,
+        task,
+        dictionaries=dictionaries,
+        data=data,
+        n_tokens=n_tokens,
+        top=top,
+        min_coactivation=min_coactivation,
+        verify=verify,
+        cluster=cluster,
+        compare=compare,
+        batch_size=None if batch_size == "auto" else batch_size,
+    )
+
+
+def train(
+    model: TracedModel,
+    *,
+    sites: Annotated[
+        str, "pairs of sites: 'mlp.0', 'mlp', 'block.1', 'block'; several with commas"
+    ] = "mlp.0",
+    arch: Annotated[Literal["topk", "relu", "jumprelu", "gated"], "nonlinearity"] = "topk",
+    k: Annotated[int, "topk: latents active at once"] = 8,
+    expansion: Annotated[float, "latents / width of the site"] = 4.0,
+    interaction: Annotated[
+        Literal["none", "l1", "l1l2", "hoyer", "log", "group"], "penalty on interactions"
+    ] = "l1",
+    strength: Annotated[float, "weight of that penalty"] = 0.003,
+    estimator: Annotated[
+        str, "how it is estimated: 'exact', 'rows:4', 'tokens:128', 'rows:4,tokens:128'"
+    ] = "exact",
+    warmup: Annotated[
+        float, "share of the steps in which the penalty grows to its strength"
+    ] = 0.05,
+    steps: Annotated[int, "optimiser steps"] = 1500,
+    batch_tokens: Annotated[int, "tokens per step"] = 512,
+    learning_rate: Annotated[float | None, "of Adam; by the architecture if left out"] = None,
+    sparsity: Annotated[float | None, "weight of the sparsity loss, of other than topk"] = None,
+    data: Data = None,
+    context_length: Annotated[
+        int | None, "longest prompt, in tokens; the model's if left out"
+    ] = None,
+    output: Annotated[Path, "folder to write; an unfinished training there goes on"] = Path(
+        "dictionaries"
+    ),
+    checkpoint_every: Annotated[int, "steps between two states on disk"] = 200,
+) -> Mapping[str, Any]:
+    """Train dictionaries of a model's sites together, with few interactions between them."""
+    asked = {name: value for name, value in locals().items() if name != "model"}
+    from circuitlab_feature_interactions.train_command import train_dictionaries
+
+    return train_dictionaries(model, **asked)
+
+
+def evaluate(
+    model: TracedModel,
+    *,
+    dictionaries: Sets = None,
+    data: Data = None,
+    n_tokens: Annotated[int, "tokens to measure on"] = 50_000,
+    per_position: Annotated[bool, "every number also by position in the prompt"] = False,
+    controls: Annotated[
+        bool, "the same of a shuffled Jacobian, random directions, k-means, PCA and ICA"
+    ] = False,
+    independent: Annotated[
+        Path | None, "dictionaries trained without the penalty, to set beside"
+    ] = None,
+    context_length: Annotated[int | None, "longest prompt, in tokens"] = None,
+) -> Mapping[str, Any]:
+    """Measure dictionaries on fresh prompts: reconstruction, loss, sparsity, interactions."""
+    if dictionaries is None:
+        raise circuitlab.OptionError(
+            "there is nothing to evaluate; name a folder that `circuitlab dict train` wrote "
+            "(--dictionaries FOLDER)"
+        )
+    import torch
+
+    from circuitlab_feature_interactions.evaluating import evaluate_dictionaries
+
+    return evaluate_dictionaries(
+        model,
+        dictionaries=dictionaries,
+        data=data,
+        n_tokens=n_tokens,
+        per_position=per_position,
+        controls=controls,
+        independent=independent,
+        context_length=context_length,
+        seed=torch.initial_seed(),
+    )

@@ -1,0 +1,325 @@
+"""Ablations: edges between latents held against exact runs of the model.
+
+Attributions are gradients: they see no latent enter or leave the selection of a TopK or JumpReLU
+dictionary. Here latents are taken out of the activation, and the model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from circuitlab import choose_batch_size, ratio_interval, track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from circuitlab import Dictionary, EncodedTask, Interval, Site, Tokens, TracedModel
+    from circuitlab_feature_interactions.edges import EdgeTable
+    from circuitlab_feature_interactions.sites import Pair
+
+#: Strongest edges that hold this share of the mass are not at the bottom.
+MIDDLE = 0.95
+
+#: Source latents that a target latent may be made of, by target latent.
+Kept = Mapping[int, frozenset[int]]
+
+
+# --- edges one by one -----------------------------------------------------------------------------
+
+
+def sample_edges(sizes: Tensor, n: int, seed: int = 0) -> dict[str, list[int]]:
+    """Edges to verify: a third the strongest, a third of the middle, the rest of the bottom.
+
+    The middle, with the strongest, holds :data:`MIDDLE` of the sum of sizes. Where a stratum has
+    fewer edges, the strongest that are left make up for it.
+
+    Args:
+        sizes: Size of each edge, ``[m]``.
+        n: How many to take; all where there are no more.
+        seed: Of the draws.
+
+    Returns:
+        Numbers of edges by stratum: ``strongest``, ``middle``, ``bottom``.
+    """
+    order = sizes.argsort(descending=True, stable=True).tolist()
+    whole = float(sizes.sum())
+    falling = sizes[order].cumsum(0)
+    middle_end = int((falling < MIDDLE * whole).sum()) + 1 if whole > 0 else 0
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(pool: list[int], most: int) -> list[int]:
+        chosen = torch.randperm(len(pool), generator=generator)[: max(0, most)].tolist()
+        return sorted(pool[place] for place in chosen)
+
+    strongest = order[: -(-n // 3)]
+    middle = drawn(order[len(strongest) : middle_end], n // 3)
+    bottom = drawn(order[max(middle_end, len(strongest)) :], n - len(strongest) - n // 3)
+    taken = {*strongest, *middle, *bottom}
+    spare = [edge for edge in order if edge not in taken][: max(0, n - len(taken))]
+    return {"strongest": strongest + spare, "middle": middle, "bottom": bottom}
+
+
+@torch.no_grad()
+def exact_effects(
+    model: TracedModel,
+    batches: Sequence[Tokens],
+    pair: Pair,
+    dictionaries: Mapping[Site, Dictionary],
+    edges: EdgeTable,
+    scale: Tensor,
+) -> Tensor:
+    """What each source latent adds to its target latent, by taking it out; like ``edges.mean``.
+
+    The source latent is taken out at every position of the prompt, all else, the error too, is
+    kept, and the model runs on. Where the number of the latent is that of the error, the
+    reconstruction is put in the activation's place.
+
+    Args:
+        model: Any traced model.
+        batches: Prompts.
+        pair: The sites.
+        dictionaries: By site.
+        edges: Those to measure, ``[m]``.
+        scale: Mean of each target latent where active, ``[n_target]``.
+
+    Returns:
+        ``[m]``, float64: mean of (target latent − the same without the source) over the tokens at
+        which both are active, over ``scale``; a target that drops out of the selection is 0 then.
+        NaN where there is no such token.
+    """
+    reads, writes = dictionaries[pair.source], dictionaries[pair.target]
+    total = torch.zeros(len(edges), dtype=torch.float64)
+    count = torch.zeros(len(edges), dtype=torch.float64)
+    rows: dict[int, list[int]] = {}
+    for row, source in enumerate(edges.source.tolist()):
+        rows.setdefault(source, []).append(row)
+    for tokens in track(batches, "ablating latents"):
+        run = model.run(tokens, read=[pair.source, pair.target], logits="none")
+        x, before = run[pair.source], writes.encode(run[pair.target])
+        z = reads.encode(x)
+        for source, chosen in rows.items():
+            active, written = _written(reads, x, z, source)
+            active = active & tokens.mask
+            some = active.any(1).nonzero()[:, 0]
+            if not len(some):
+                continue
+            changed = {pair.source: (x - written)[some]}
+            after = _run_to(model, tokens.rows(some), pair.target, changed)
+            seen = active if pair.route == "mlp" else active.cumsum(1) > 0
+            targets = edges.target[chosen].to(before.device)
+            old, new = before[some][..., targets], writes.encode(after)[..., targets]
+            where = (seen & tokens.mask)[some][..., None] & (old != 0)
+            total[chosen] += ((old - new).double() * where).sum((0, 1)).cpu()
+            count[chosen] += where.double().sum((0, 1)).cpu()
+    return total / count / scale[edges.target]
+
+
+def _written(reads: Dictionary, x: Tensor, z: Tensor, source: int) -> tuple[Tensor, Tensor]:
+    """Where a latent is active, ``[batch, pos]``, and what it writes, ``[batch, pos, width]``."""
+    if source == reads.n:
+        return torch.ones_like(z[..., 0], dtype=torch.bool), x - reads.decode(z)
+    return z[..., source] != 0, z[..., source, None] * reads.W_d[source]
+
+
+def _run_to(model: TracedModel, tokens: Tokens, site: Site, write: Mapping[Site, Tensor]) -> Tensor:
+    return model.run(tokens, write=write, read=[site], logits="none")[site]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well attributions say what ablations do.
+
+    Attributes:
+        n: Edges compared.
+        sign: Share with the same sign; an edge that does nothing has no sign and agrees with none.
+        rank: Spearman's correlation; None where one of the two is the same for all.
+        slope: Exact effect per attribution, least squares through 0; None where all are 0.
+    """
+
+    n: int
+    sign: float
+    rank: float | None
+    slope: float | None
+
+    def text(self) -> str:
+        """One line."""
+        words = [f"sign right for {self.sign:.0%} of {self.n} edges"]
+        words += [] if self.rank is None else [f"rank correlation {self.rank:.2f}"]
+        words += [] if self.slope is None else [f"effect per attribution {self.slope:.2f}"]
+        return ", ".join(words)
+
+
+def agreement(attributions: Tensor, exact: Tensor) -> Agreement | None:
+    """Compare ``[m]`` with ``[m]``; edges that were not measured are left out; None where all."""
+    known = exact.isfinite()
+    a, b = attributions[known].double(), exact[known].double()
+    if not len(a):
+        return None
+    sign = float(((a.sign() == b.sign()) & (a != 0)).double().mean())
+    below = float(a @ a)
+    return Agreement(len(a), sign, spearman(a, b), float(a @ b) / below if below > 0 else None)
+
+
+def spearman(a: Tensor, b: Tensor) -> float | None:
+    """Rank correlation of ``[m]`` and ``[m]``, ties at their mean rank; None without variation."""
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    centred = ranks - ranks.mean(1, keepdim=True)
+    spread = float(centred.square().sum(1).prod().sqrt())
+    return float((centred[0] * centred[1]).sum()) / spread if spread > 0 else None
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, where, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    middle: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    return middle[where]
+
+
+# --- the kept edges alone -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a model does with all, with the kept and with no edges; ``[n_prompts]``, float64.
+
+    Attributes:
+        clean: Of each prompt, with the model as it is.
+        kept: With the kept edges alone.
+        none: With no edge.
+        weights: What sums are divided by: predicted tokens, or 1 for a prompt.
+        higher: Whether higher is better.
+    """
+
+    clean: Tensor
+    kept: Tensor
+    none: Tensor
+    weights: Tensor
+    higher: bool
+
+    def mean(self, name: str) -> tuple[float, Interval | None]:
+        """Mean of ``clean``, ``kept`` or ``none``, with its 95 % interval over prompts."""
+        sums = getattr(self, name)
+        return float(sums.sum() / self.weights.sum()), ratio_interval(sums, self.weights)
+
+    def recovered(self) -> tuple[float, Interval | None] | None:
+        """Share of what no edges lose that the kept ones bring back, with its 95 % interval.
+
+        1: they do all of it; None where the model does no better with all edges than with none.
+        """
+        sign = 1 if self.higher else -1
+        above, below = sign * (self.kept - self.none), sign * (self.clean - self.none)
+        if float(below.sum()) <= 0:
+            return None
+        return float(above.sum() / below.sum()), ratio_interval(above, below)
+
+
+@dataclass(frozen=True)
+class KeptEdges:
+    """The model with latents that see only those latents from which a kept edge comes.
+
+    Each target latent is computed by the model itself, from a reconstruction that has no other
+    source latents: ``z'_i = e_i(F(b_d + Σ_kept z_j d_j + error))``, at all positions. A target
+    without kept edges sees none. The target site then holds ``z'`` decoded, and its own error from
+    the clean run; pairs follow one another in the order of layers. Errors stay at both ends, so
+    that with all edges the model is what it was.
+
+    Attributes:
+        model: Any traced model.
+        pairs: In the order of layers.
+        dictionaries: By site.
+        kept: Source latents of target latents, for each pair.
+    """
+
+    model: TracedModel
+    pairs: Sequence[Pair]
+    dictionaries: Mapping[Site, Dictionary]
+    kept: Sequence[Kept]
+
+    @torch.no_grad()
+    def loss(self, batches: Sequence[Tokens]) -> Recovery:
+        """Sum of the next-token loss over each prompt, in nats, at every position."""
+        found = [
+            [_losses(self.model, tokens, written) for written in self._written(tokens)]
+            for tokens in track(batches, "running kept edges")
+        ]
+        predicted = [(t.mask[:, 1:] & t.mask[:, :-1]).sum(1).double().cpu() for t in batches]
+        clean, kept, none = (torch.cat(column) for column in zip(*found, strict=True))
+        return Recovery(clean, kept, none, torch.cat(predicted), higher=False)
+
+    @torch.no_grad()
+    def metric(self, pairs: EncodedTask, batch_size: int | None = None) -> Recovery:
+        """The task's metric on its clean prompts."""
+        size, found = choose_batch_size(self.model, pairs, batch_size), []
+        for batch in track([*pairs.batches(size)], "running kept edges"):
+            logits = [
+                self.model.run(batch.clean, write=written).logits[:, -1]
+                for written in self._written(batch.clean)
+            ]
+            found.append([batch.score(one, logits[0]).double().cpu() for one in logits])
+        clean, kept, none = (torch.cat(column) for column in zip(*found, strict=True))
+        return Recovery(clean, kept, none, torch.ones_like(clean), higher=True)
+
+    def _written(self, tokens: Tokens) -> Iterator[dict[Site, Tensor]]:
+        """What is written with all edges, with the kept ones, and with none."""
+        nothing: list[Kept] = [{} for _ in self.pairs]
+        yield {}
+        for kept in (self.kept, nothing):
+            yield _writes(self.model, tokens, self.pairs, self.dictionaries, kept)
+
+
+def _writes(
+    model: TracedModel,
+    tokens: Tokens,
+    pairs: Sequence[Pair],
+    dictionaries: Mapping[Site, Dictionary],
+    kept: Sequence[Kept],
+) -> dict[Site, Tensor]:
+    clean = model.run(tokens, read=[pair.target for pair in pairs], logits="none")
+    written: dict[Site, Tensor] = {}
+    for pair, chosen in zip(pairs, kept, strict=True):
+        target, y = dictionaries[pair.target], clean[pair.target]
+        z = masked_targets(model, tokens, pair, dictionaries, chosen, written)
+        written[pair.target] = target.decode(z) + target.error(y)
+    return written
+
+
+@torch.no_grad()
+def masked_targets(
+    model: TracedModel,
+    tokens: Tokens,
+    pair: Pair,
+    dictionaries: Mapping[Site, Dictionary],
+    kept: Kept,
+    written: Mapping[Site, Tensor],
+) -> Tensor:
+    """Target latents ``[batch, pos, n_target]``, each from the source latents kept for it.
+
+    Targets that are made of the same source latents share a run.
+    """
+    reads, writes = dictionaries[pair.source], dictionaries[pair.target]
+    x = _run_to(model, tokens, pair.source, written)
+    z = reads.encode(x)
+    error = reads.error(x)
+    groups: dict[frozenset[int], list[int]] = {}
+    for target in range(writes.n):
+        groups.setdefault(kept.get(target, frozenset()), []).append(target)
+    found = z.new_zeros(*z.shape[:2], writes.n)
+    for sources, targets in groups.items():
+        some = sorted(sources)
+        part = torch.zeros_like(z)
+        part[..., some] = z[..., some]
+        changed = {**written, pair.source: reads.decode(part) + error}
+        after = writes.encode(_run_to(model, tokens, pair.target, changed))
+        found[..., targets] = after[..., targets]
+    return found
+
+
+def _losses(model: TracedModel, tokens: Tokens, written: Mapping[Site, Tensor]) -> Tensor:
+    """Sum of the next-token loss over each prompt, ``[batch]``, float64."""
+    logits = model.run(tokens, write=written, logits="all").logits[:, :-1].double()
+    losses = functional.cross_entropy(logits.transpose(1, 2), tokens.ids[:, 1:], reduction="none")
+    return (losses * (tokens.mask[:, 1:] & tokens.mask[:, :-1])).sum(1).cpu()

@@ -1,0 +1,117 @@
+"""Logits: what latents do to the task's metric, by gradients and by taking them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from circuitlab import choose_batch_size, track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from circuitlab import Dictionary, EncodedTask, Site, TracedModel
+
+
+@dataclass(frozen=True)
+class MetricEffects:
+    """What latents of a site add to the metric on clean prompts.
+
+    Attributes:
+        site: Where.
+        effects: Gradient times activation, summed over positions, of each pair and latent, the
+            error last: ``[n_pairs, n + 1]``, float64, in the metric's unit; positive raises it.
+        active: Whether a latent is active anywhere, same shape, bool.
+        metric: The metric of each pair, ``[n_pairs]``, float64.
+    """
+
+    site: Site
+    effects: Tensor
+    active: Tensor
+    metric: Tensor
+
+    @property
+    def unit(self) -> float:
+        """Mean size of the metric, which effects are divided by; 1 where it is 0."""
+        return float(self.metric.abs().mean()) or 1.0
+
+
+def metric_effects(
+    model: TracedModel,
+    pairs: EncodedTask,
+    site: Site,
+    dictionary: Dictionary,
+    batch_size: int | None = None,
+) -> MetricEffects:
+    """Gradient times activation of every latent of a site, through the rest of the model."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in track([*_batches(model, pairs, batch_size)], "attributing to logits"):
+        metrics: list[Tensor] = []
+
+        def metric(
+            logits: Tensor, batch: EncodedTask = batch, kept: list[Tensor] = metrics
+        ) -> Tensor:
+            kept.append(batch.score(logits, logits.detach()))
+            return kept[0]
+
+        run = model.run(batch.clean, read=[site], gradient_of=metric, gradient_at=[site])
+        parts.append((*_effects(dictionary, run[site], run.gradient(site), run.mask), metrics[0]))
+    effects, active, scores = zip(*parts, strict=True)
+    metric_values = torch.cat([score.detach().double().cpu() for score in scores])
+    return MetricEffects(site, torch.cat(effects), torch.cat(active), metric_values)
+
+
+@torch.no_grad()
+def _effects(
+    dictionary: Dictionary, x: Tensor, gradient: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    index, values = dictionary.active(x)
+    values = (values * mask[..., None]).double()
+    slopes = (gradient.to(dictionary.W_d.dtype) @ dictionary.W_d.T).double()
+    found = torch.zeros(len(x), dictionary.n + 1, dtype=torch.float64, device=x.device)
+    active, latents = torch.zeros_like(found), index.flatten(1)
+    found.scatter_add_(1, latents, (slopes.gather(2, index) * values).flatten(1))
+    active.scatter_add_(1, latents, (values != 0).double().flatten(1))
+    found[:, -1] = ((dictionary.error(x) * gradient).double().sum(-1) * mask).sum(1)
+    active[:, -1] = 1
+    return found.cpu(), active.cpu() > 0
+
+
+@torch.no_grad()
+def removed_effects(
+    model: TracedModel,
+    pairs: EncodedTask,
+    site: Site,
+    dictionary: Dictionary,
+    latents: Sequence[int],
+    batch_size: int | None = None,
+) -> Tensor:
+    """metric(clean) − metric(latent taken out at every position), ``[n_latents, n_pairs]``.
+
+    Float64; positive: the latent raises the metric. The number after the last latent stands for
+    the error.
+    """
+    columns: list[Tensor] = []
+    for batch in track([*_batches(model, pairs, batch_size)], "taking latents out"):
+        run = model.run(batch.clean, read=[site])
+        x, reference = run[site], run.logits[:, -1]
+        clean, z = batch.score(reference, reference), dictionary.encode(x)
+        rows = []
+        for latent in latents:
+            if latent == dictionary.n:
+                changed = dictionary.decode(z)
+            else:
+                changed = x - z[..., latent, None] * dictionary.W_d[latent]
+            logits = model.run(batch.clean, write={site: changed}).logits[:, -1]
+            rows.append((clean - batch.score(logits, reference)).double().cpu())
+        columns.append(torch.stack(rows) if rows else torch.zeros(0, len(batch)).double())
+    return torch.cat(columns, 1)
+
+
+def _batches(
+    model: TracedModel, pairs: EncodedTask, batch_size: int | None
+) -> Sequence[EncodedTask]:
+    return list(pairs.batches(choose_batch_size(model, pairs, batch_size)))
