@@ -196,6 +196,7 @@ class TracedModel:
         asked, differentiated = list(read), list(gradient_at)
         for site in (*asked, *differentiated):
             self._locator.check(site)
+        self._check_patterns(asked)
         taps = sorted({site.whole for site in differentiated})
         if bool(taps) != (gradient_of is not None):
             raise SiteError("gradient_of and gradient_at go together: give both or neither")
@@ -319,6 +320,14 @@ class TracedModel:
         readers = self.weights.readers(layer, dtype)
         gradient = pull_back(readers, streams.flatten(1, 2), values, gradients)
         return gradient.view(-1, batch, pos, self.d_model)
+
+    def _check_patterns(self, asked: Sequence[Site]) -> None:
+        kind = getattr(self._module.config, "_attn_implementation", None) or "eager"
+        if kind != "eager" and any(site.kind == "pattern" for site in asked):
+            raise SiteError(
+                f"attention of kind {kind!r} keeps no patterns; call "
+                f"module.set_attn_implementation('eager') before load_model"
+            )
 
     def _nonfinite(
         self, tokens: Tokens, logits: Tensor, write: Mapping[Site, Tensor]

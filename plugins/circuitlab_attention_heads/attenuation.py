@@ -82,7 +82,7 @@ def attenuation(
         outputs: What each source writes, ``[n_sources, n_tokens, d_model]``.
         streams: What each reader reads, ``[n_layers + 1, n_tokens, d_model]``, as norms see it;
             nowhere 0.
-        centred: See :func:`.growth.centres`.
+        centred: See ``Weights.centres``.
     """
     written = visible(outputs, centred=centred)
     size, length = written.norm(dim=-1), streams.norm(dim=-1)
@@ -113,7 +113,7 @@ def final_shares(
         batch: The pairs, for messages.
         outputs: What each source writes there, ``[n_sources, batch, d_model]``.
         stream: What the final norm reads there, ``[batch, d_model]``, as norms see it.
-        centred: See :func:`.growth.centres`.
+        centred: See ``Weights.centres``.
 
     Returns:
         ``[n_sources + 1, batch]``, float64; the last row is that of the attentions' output biases.

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from circuitlab import OptionError, track
-from circuitlab_attention_heads.shared_directions import takes_mean_off
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +94,7 @@ def compositions(
     if offset < 0:
         raise OptionError(f"offset {offset}: no query stands before its key; give 0 or more")
     removed = 0 if directions is None else len(directions)
-    centred = all(takes_mean_off(model, layer) for layer in range(model.n_layers))
+    centred = model.weights.centres
     dimensions = model.d_model - centred - removed
     if dimensions < 2:
         raise OptionError(

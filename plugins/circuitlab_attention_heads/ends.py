@@ -14,7 +14,6 @@ import torch
 
 from circuitlab_attention_heads.head_names import Head, head_name
 from circuitlab_attention_heads.qk import NEGLIGIBLE, rotation
-from circuitlab_attention_heads.shared_directions import takes_mean_off
 from circuitlab_attention_heads.vocabulary import embedding_rows, read_tokens
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def end_compositions(
         "k": _Reader(turned[1], w_q.T @ w_q),
         "v": _Reader(w_v, w_o @ w_o.T),
     }
-    mean_off = takes_mean_off(model, layer)
+    mean_off = model.weights.centres
     writers = {"input": _input(model, mean_off)}
     if through is not None:
         earlier = model.weights.folded(through[0], torch.float64)

@@ -21,7 +21,6 @@ from circuitlab_attention_heads.attenuation import Attenuation, attenuation, fin
 from circuitlab_attention_heads.growth import (
     Growth,
     TokenNorms,
-    centres,
     growth_of_tokens,
     growth_of_weights,
     later_tokens,
@@ -136,7 +135,7 @@ def norm_growth(
 
 def _measure(model: TracedModel, pairs: EncodedTask, size: int, seed: int) -> Measured:
     """One pass over the clean prompts, and one of the last norm for each layer."""
-    centred, different = centres(model), _different(pairs.clean)
+    centred, different = model.weights.centres, _different(pairs.clean)
     read = {*sites(model), *model.source_sites}
     norms, attenuations, shares, lenses = [], [], [], []
     start = 0

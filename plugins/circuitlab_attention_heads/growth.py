@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 #: A line through this many layers fits whatever they are, and has no interval.
 EXACT = 2
 _LEVEL = 0.95
-_TRIED = 100.0
 
 
 @dataclass(frozen=True)
@@ -110,20 +109,6 @@ def sites(model: TracedModel) -> list[Site]:
     return [*within, Site("resid_post", model.n_layers - 1)]
 
 
-def centres(model: TracedModel) -> bool:
-    """Whether every norm that heads and logits read through takes the mean off, as LayerNorm does.
-
-    Then nothing sees the mean of a vector of the residual stream.
-    """
-    line = torch.linspace(-_TRIED, _TRIED, model.d_model, device=model.device, dtype=model.dtype)
-    tried = torch.stack([line, 2 * line, line + _TRIED / 2])
-    for layer in (*range(model.n_layers), None):
-        one, double, moved = model.weights.norm_scale(layer, tried).flatten().tolist()
-        if double < 1.5 * one or abs(moved - one) > 0.1 * one:
-            return False
-    return True
-
-
 def visible(vectors: Tensor, *, centred: bool) -> Tensor:
     """Vectors of the residual stream as norms see them, float64: less their mean if ``centred``."""
     wide = vectors.double()
@@ -162,7 +147,7 @@ def token_norms(
         stream: What :func:`streams` gives of it.
         where: Tokens, ``[batch, pos]`` bool.
         prompts: Row of each prompt in the task, ``[batch]``.
-        centred: See :func:`centres`.
+        centred: See ``Weights.centres``.
     """
 
     def at(kind: str) -> Tensor:
@@ -281,7 +266,7 @@ def weight_norms(model: TracedModel) -> dict[str, Tensor]:
         MLP, ``[n_layers, 1]``: ``out``, which writes; only where the architecture names it.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in ("ov", "o", "out", "q", "k")}
-    centred = centres(model)
+    centred = model.weights.centres
     for layer in range(model.n_layers):
         heads = model.weights.folded(layer, torch.float64)
         grams = (heads.v.mT @ heads.v) * (heads.o @ heads.o.mT)

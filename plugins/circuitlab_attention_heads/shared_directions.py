@@ -20,22 +20,6 @@ if TYPE_CHECKING:
 
 #: Of the mean squared length, what a direction holds that is there at all.
 _ROUNDING = 1e-10
-#: Largest number in what norms are tried on: what they add to a variance is nothing beside it, and
-#: sums of its squares are within half precision.
-_TRIED = 0.5
-
-
-def takes_mean_off(model: TracedModel, layer: int | None) -> bool:
-    """Whether the norm that feeds a layer's heads takes off the mean, as LayerNorm does.
-
-    Args:
-        model: Any traced model.
-        layer: None for the norm before the unembedding.
-    """
-    line = torch.linspace(-_TRIED, _TRIED, model.d_model, device=model.device, dtype=model.dtype)
-    tried = torch.stack([line, 2 * line, line + _TRIED / 2])
-    one, double, moved = model.weights.norm_scale(layer, tried).flatten().tolist()
-    return bool(double > 1.5 * one and abs(moved - one) < 0.1 * one)
 
 
 @torch.no_grad()
@@ -64,16 +48,16 @@ def shared_directions(
     """
     size = choose_batch_size(model, pairs, batch_size)
     sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
-    centred = [takes_mean_off(model, layer) for layer in range(model.n_layers)]
+    centred = model.weights.centres
     moment = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=model.device)
     batches = track(
         pairs.batches(size), "reading the residual stream", total=-(-len(pairs) // size)
     )
     for batch in batches:
         run = model.run(batch.clean, read=sites, logits="none")
-        for site, mean_off in zip(sites, centred, strict=True):
+        for site in sites:
             stream = run[site][run.mask].double()
-            if mean_off:
+            if centred:
                 stream = stream - stream.mean(-1, keepdim=True)
             stream = torch.nn.functional.normalize(stream, dim=-1)
             moment += stream.T @ stream

@@ -137,6 +137,16 @@ def test_written_value_that_is_not_finite(model: TracedModel) -> None:
         model.run(PROMPTS, write={Site("z", 1, head=1): torch.tensor(torch.nan)})
 
 
+def test_attention_that_keeps_no_patterns() -> None:
+    """Fused attention has no patterns to read; the message says what to call, all else works."""
+    module = oracles.random_gpt2()
+    module.set_attn_implementation("sdpa")
+    fused = load_model((module, None))
+    assert fused.run(PROMPTS, read=[Site("z", 1)])[Site("z", 1)].shape[0] == 2
+    with pytest.raises(SiteError, match=r"kind 'sdpa' keeps no patterns; call .*'eager'"):
+        fused.run(PROMPTS, read=[Site("pattern", 1)])
+
+
 def test_gradient_that_is_not_finite(model: TracedModel) -> None:
     """A finite metric with an infinite slope is refused; the place nearest to it is named."""
 

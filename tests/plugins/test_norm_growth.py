@@ -12,7 +12,6 @@ import pytest
 import torch
 from circuitlab_attention_heads.growing import norm_growth
 from circuitlab_attention_heads.growth import (
-    centres,
     weight_norms,
 )
 from norm_oracles import EXACT, FAMILIES, TASK, geometric, grown, plain, plain_module, seen
@@ -76,10 +75,10 @@ def test_cosines_are_with_the_stream_that_is_added_to(family: str) -> None:
 def test_the_mean_is_taken_off_where_norms_do(family: str) -> None:
     """LayerNorms do, RMSNorms and identities do not; one other norm among them is enough."""
     module = plain_module(family)
-    assert centres(families.unchecked(module)) == (family in ("gpt2", "neox"))
+    assert families.unchecked(module).weights.centres == (family in ("gpt2", "neox"))
     if family == "gpt2":
         module.transformer.h[1].ln_1 = nn.RMSNorm(16).double()
-        assert not centres(families.unchecked(module))
+        assert not families.unchecked(module).weights.centres
 
 
 def test_weights_are_those_of_dense_products() -> None:
