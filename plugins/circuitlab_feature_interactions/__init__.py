@@ -26,9 +26,10 @@ def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], Non
 
 @circuitlab.hookimpl
 def register_commands(register: Callable[[str, Callable[..., Mapping[str, Any]]], None]) -> None:
-    """Offer ``dict train`` and ``dict eval``."""
+    """Offer ``dict train``, ``dict eval`` and ``dict cards``."""
     register("dict train", train)
     register("dict eval", evaluate)
+    register("dict cards", cards)
 
 
 def feature_interactions(
@@ -139,5 +140,41 @@ def evaluate(
         controls=controls,
         independent=independent,
         context_length=context_length,
+        seed=torch.initial_seed(),
+    )
+
+
+def cards(
+    model: TracedModel,
+    *,
+    dictionaries: Sets = None,
+    features: Annotated[
+        str, "latents: 'top:12', so many of each site, or 'mlp_in.0: 3, 17; mlp_out.0: 5'"
+    ] = "top:12",
+    data: Data = None,
+    n_tokens: Annotated[int, "tokens to measure on"] = 20_000,
+    context_length: Annotated[int | None, "longest prompt, in tokens"] = None,
+    output: Annotated[Path, "page to write, .html; one that is there is replaced"] = Path(
+        "cards.html"
+    ),
+) -> Mapping[str, Any]:
+    """Draw up cards of features, each beside a random direction, on one static page."""
+    if dictionaries is None:
+        raise circuitlab.OptionError(
+            "there is nothing to draw up cards of; name a folder that `circuitlab dict train` "
+            "wrote (--dictionaries FOLDER)"
+        )
+    import torch
+
+    from circuitlab_feature_interactions.cards.making import feature_cards
+
+    return feature_cards(
+        model,
+        dictionaries=dictionaries,
+        features=features,
+        data=data,
+        n_tokens=n_tokens,
+        context_length=context_length,
+        output=output,
         seed=torch.initial_seed(),
     )
