@@ -29,7 +29,7 @@ def register_commands(register: Callable[[str, Callable[..., Mapping[str, Any]]]
     """Offer ``dict train``, ``dict eval`` and ``dict cards``."""
     register("dict train", train)
     register("dict eval", evaluate)
-    register("dict cards", cards)
+    register("dict cards", draw_up_cards)
 
 
 def feature_interactions(
@@ -144,7 +144,7 @@ def evaluate(
     )
 
 
-def cards(
+def draw_up_cards(
     model: TracedModel,
     *,
     dictionaries: Sets = None,
