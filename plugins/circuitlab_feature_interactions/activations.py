@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from circuitlab_feature_interactions.data import PromptStream, generator_of, pad
 from torch import Tensor
 
 from circuitlab import NumericsError, OptionError, Site
+from circuitlab_feature_interactions.data import PromptStream, generator_of, pad
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel

@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from circuitlab import Dictionary, Site, Tokens, track
 from circuitlab_feature_interactions.baselines import ica, k_means, pca, random_directions
 from circuitlab_feature_interactions.data import generator_of
 from circuitlab_feature_interactions.evaluating import measure
 from circuitlab_feature_interactions.sites import sites_of
-from torch import Tensor
-
-from circuitlab import Dictionary, Site, Tokens, track
 
 if TYPE_CHECKING:
-    from circuitlab_feature_interactions.dictionary_sets import DictionarySet
-
     from circuitlab import TracedModel
+    from circuitlab_feature_interactions.dictionary_sets import DictionarySet
 
 #: Most tokens that baselines are fitted to, and most clusters.
 _FITTED, _CLUSTERS = 8192, 256

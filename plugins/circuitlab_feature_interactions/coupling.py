@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
+
+from circuitlab import Dictionary
 from circuitlab_feature_interactions.activations import Batch
 from circuitlab_feature_interactions.interactions import make_route
 from circuitlab_feature_interactions.penalties import penalty
 from circuitlab_feature_interactions.settings import TrainSettings
 from circuitlab_feature_interactions.sites import Pair
-from torch import Tensor
-
-from circuitlab import Dictionary
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from circuitlab_feature_interactions.sites import Pair, make_pair, pair_to_json, sites_of
-from circuitlab_feature_interactions.states import STATE, make_folder, write_whole
-
 from circuitlab import (
     Dictionary,
     DictionaryInfo,
@@ -20,6 +17,8 @@ from circuitlab import (
     read_dictionary,
     write_dictionary,
 )
+from circuitlab_feature_interactions.sites import Pair, make_pair, pair_to_json, sites_of
+from circuitlab_feature_interactions.states import STATE, make_folder, write_whole
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel

@@ -8,12 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from circuitlab_feature_interactions.data import PromptStream, pad, seed_of
-from circuitlab_feature_interactions.dictionary_sets import read_set
-from circuitlab_feature_interactions.gathering import Activity
-from circuitlab_feature_interactions.interactions import make_route
-from circuitlab_feature_interactions.sites import Pair, sites_of
-from circuitlab_feature_interactions.sparsity import Sparsity, mean_where_active
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +21,12 @@ from circuitlab import (
     ratio_interval,
     track,
 )
+from circuitlab_feature_interactions.data import PromptStream, pad, seed_of
+from circuitlab_feature_interactions.dictionary_sets import read_set
+from circuitlab_feature_interactions.gathering import Activity
+from circuitlab_feature_interactions.interactions import make_route
+from circuitlab_feature_interactions.sites import Pair, sites_of
+from circuitlab_feature_interactions.sparsity import Sparsity, mean_where_active
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel

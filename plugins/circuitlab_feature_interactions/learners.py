@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from circuitlab_feature_interactions.losses import Moments, project_gradient, restore_norms
 from torch import Tensor
 
 from circuitlab import Dictionary
+from circuitlab_feature_interactions.losses import Moments, project_gradient, restore_norms
 
 #: Share of a step in the running mean of a latent's size.
 _RUNNING = 0.01

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from circuitlab_feature_interactions.settings import TrainSettings
 from torch import Tensor
 from torch.nn import functional
 
 from circuitlab import Dictionary, ModelError, Site
+from circuitlab_feature_interactions.settings import TrainSettings
 
 #: Threshold of ``jumprelu`` at the beginning, and width of its estimator's window, in units of the
 #: size of a latent when all of a token's variance is in ``k`` of them.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from circuitlab_feature_interactions.losses import THRESHOLD, Moments
 from torch import Tensor
 from torch.nn import functional
 
 from circuitlab import Dictionary
+from circuitlab_feature_interactions.losses import THRESHOLD, Moments
 
 #: Size of a new latent's encoder, in units of the mean of the others; ``topk`` compares latents, so
 #: a small one would never be kept.

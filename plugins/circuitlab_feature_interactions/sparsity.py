@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from circuitlab_feature_interactions.edges import SparseSums, edges_holding
 from torch import Tensor
+
+from circuitlab_feature_interactions.edges import SparseSums, edges_holding
 
 if TYPE_CHECKING:
     from circuitlab_feature_interactions.attributions import Attributions

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from circuitlab_feature_interactions.settings import Arch, InteractionKind, TrainSettings
 from circuitlab_feature_interactions.sites import sites_of
 from circuitlab_feature_interactions.training import train

@@ -9,6 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from circuitlab import (
+    Dictionary,
+    DictionaryInfo,
+    DictionaryStats,
+    NumericsError,
+    OptionError,
+    Site,
+    track,
+)
 from circuitlab_feature_interactions.activations import MIXED, ActivationSource, Batch, Place
 from circuitlab_feature_interactions.coupling import Interactions, couple
 from circuitlab_feature_interactions.data import PromptStream, generator_of
@@ -24,17 +35,6 @@ from circuitlab_feature_interactions.resampling import resample
 from circuitlab_feature_interactions.settings import FALL, TrainSettings, differences
 from circuitlab_feature_interactions.sites import Pair, site_pairs, sites_of
 from circuitlab_feature_interactions.states import STATE, locked, read_state, write_state
-from torch import Tensor
-
-from circuitlab import (
-    Dictionary,
-    DictionaryInfo,
-    DictionaryStats,
-    NumericsError,
-    OptionError,
-    Site,
-    track,
-)
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel
