@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from circuitlab.memory import choose_batch_size
     from circuitlab.metrics import Metric
     from circuitlab.model import TracedModel
+    from circuitlab.norms import norm_outliers
     from circuitlab.panels import (
         Bar,
         Bars,
@@ -128,6 +129,7 @@ _HOME = {
     "load_model": "loading",
     "mean_intervals": "bootstrap",
     "panels_of": "panels",
+    "norm_outliers": "norms",
     "patchers": "patcher",
     "ratio_interval": "bootstrap",
     "read_circuit": "export",
@@ -198,6 +200,7 @@ __all__ = [
     "hookimpl",
     "load_model",
     "mean_intervals",
+    "norm_outliers",
     "panels_of",
     "patchers",
     "ratio_interval",

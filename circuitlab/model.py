@@ -17,6 +17,7 @@ from circuitlab.plans import Ending, Locator, make_plan
 from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
 from circuitlab.run import Run
 from circuitlab.sites import Site
+from circuitlab.tokenization import token_texts
 from circuitlab.tracing import Tracer
 from circuitlab.weights import Weights
 from circuitlab.wiring import PORTS
@@ -131,6 +132,10 @@ class TracedModel:
             self.tokenizer, prompts, vocab_size=self.vocab_size, n_positions=self.n_positions
         )
         return tokens.to(self.device)
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token id as readable text; ``#id`` where there is none."""
+        return token_texts(self.tokenizer, ids)
 
     def encode(self, task: Task) -> EncodedTask:
         """A task as this model reads it, on the model's device.

@@ -46,6 +46,13 @@ class Norm:
         return (plain * plain).sum(-1, keepdim=True) / (plain * given).sum(-1, keepdim=True)
 
 
+#: Rows made float64 at once.
+_ROWS = 8192
+#: A vector is an outlier when the logarithm of its norm lies so many deviations from the median.
+OUTLIER = 4.0
+#: Deviations are at least this: vectors whose norms differ by a few per cent are all alike.
+_LEAST_DEVIATION = 0.05
+
 #: How far a norm may be from its formula, as a share of the largest output: some norms compute in
 #: float32 whatever they are given.
 _TRIED = 1e-5
@@ -180,3 +187,24 @@ def _layer_norm(
     # [tokens, readers, runs] @ [tokens, runs, d_model], laid out by token
     result -= torch.bmm(along.permute(2, 1, 0), normal.transpose(0, 1)).transpose(0, 1)
     return result
+
+
+def norm_outliers(vectors: Tensor) -> Tensor:
+    """Which vectors are unlike the others in size, as unused tokens' are: bool ``[n]``.
+
+    The logarithm of the norm is more than :data:`OUTLIER` deviations from the median, where a
+    deviation is 1.4826 times the median absolute one, as of a normal distribution. Vectors of norm
+    0 have no direction and are outliers too.
+
+    Args:
+        vectors: ``[n, width]``.
+    """
+    parts = [vectors[i : i + _ROWS].double() for i in range(0, len(vectors), _ROWS)]
+    norms = torch.cat([torch.linalg.vector_norm(rows, dim=-1) for rows in parts])
+    if not bool((norms > 0).any()):
+        return norms == 0
+    sizes = norms.log()
+    middle = sizes[norms > 0].median()
+    distance = (sizes - middle).abs()
+    deviation = 1.4826 * distance[norms > 0].median().clamp(min=_LEAST_DEVIATION / 1.4826)
+    return distance > OUTLIER * deviation

@@ -13,6 +13,17 @@ from circuitlab.tasks import Answer, Prompt
 _MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
 
 
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each id as readable text; ``#id`` where there is none."""
+    if tokenizer is None:
+        return [f"#{i}" for i in ids]
+    texts = tokenizer.convert_ids_to_tokens(list(ids))
+    return [
+        f"#{i}" if text is None else str(text).translate(_MARKS)
+        for i, text in zip(ids, texts, strict=True)
+    ]
+
+
 class Tokenizer(Protocol):
     """As much of a Hugging Face tokenizer as encoding needs."""
 
@@ -52,11 +63,7 @@ class Encoder:
         """Each id as readable text; the id itself where there is no text for it."""
         if self.tokenizer is None:
             return tuple(str(i) for i in ids)
-        texts = self.tokenizer.convert_ids_to_tokens(list(ids))
-        return tuple(
-            f"#{i}" if text is None else str(text).translate(_MARKS)
-            for i, text in zip(ids, texts, strict=True)
-        )
+        return tuple(token_texts(self.tokenizer, ids))
 
     def shown(self, ids: Sequence[int]) -> str:
         """The tokens in one line of a message."""

@@ -39,7 +39,7 @@ class Families:
     def adapt_architecture(self, config: Any) -> Architecture | None:
         if config.model_type in ("llama", "qwen2"):
             return _llama(config)
-        return _neox(config) if config.model_type == "gpt_neox" else None
+        return neox(config) if config.model_type == "gpt_neox" else None
 
 
 def _llama(config: Any) -> Architecture:
@@ -70,7 +70,8 @@ def _llama(config: Any) -> Architecture:
     )
 
 
-def _neox(config: Any) -> Architecture:
+def neox(config: Any) -> Architecture:
+    """GPT-NeoX: heads interleaved in one projection, rotary embeddings, parallel if it says so."""
     d_head = config.hidden_size // config.num_attention_heads
     q, k, v = (Projection("attention.query_key_value", n * d_head, 3 * d_head) for n in (0, 1, 2))
     return Architecture(

@@ -7,11 +7,12 @@ from typing import Any
 import oracles
 import path_oracles
 import torch
+from families import neox
 from hooked_passes import random_neox
 from random_tasks import random_task
 from torch import Tensor
 
-from circuitlab import Architecture, EncodedTask, Projection, TracedModel, hookimpl, load_model
+from circuitlab import Architecture, EncodedTask, TracedModel, hookimpl, load_model
 from circuitlab.registry import PluginInfo, Registry
 
 METRICS = ("logit-difference", "answer-log-prob", "kl-divergence")
@@ -45,35 +46,7 @@ class NeoX:
 
     @hookimpl
     def adapt_architecture(self, config: Any) -> Architecture | None:
-        if config.model_type != "gpt_neox":
-            return None
-        d_head = config.hidden_size // config.num_attention_heads
-        q, k, v = (
-            Projection("attention.query_key_value", n * d_head, 3 * d_head) for n in (0, 1, 2)
-        )
-        return Architecture(
-            family="GPT-NeoX",
-            n_layers=config.num_hidden_layers,
-            n_heads=config.num_attention_heads,
-            d_model=config.hidden_size,
-            d_head=d_head,
-            n_positions=config.max_position_embeddings,
-            embed="gpt_neox.embed_in",
-            blocks="gpt_neox.layers",
-            final_norm="gpt_neox.final_layer_norm",
-            attention_norm="input_layernorm",
-            attention="attention",
-            q=q,
-            k=k,
-            v=v,
-            output_projection="attention.dense",
-            mlp_norm="post_attention_layernorm",
-            mlp="mlp",
-            parallel=config.use_parallel_residual,
-            mlp_output_projection="mlp.dense_4h_to_h",
-            d_mlp=config.intermediate_size,
-            rotary="gpt_neox.rotary_emb",
-        )
+        return neox(config) if config.model_type == "gpt_neox" else None
 
 
 def small_model(family: str, seed: int = 1, n_layers: int = 2) -> tuple[Any, TracedModel]:

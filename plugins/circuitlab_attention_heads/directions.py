@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from circuitlab import norm_outliers
 from circuitlab_attention_heads.head_names import Head
-from circuitlab_attention_heads.vocabulary import outliers, read_tokens
+from circuitlab_attention_heads.vocabulary import read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +116,7 @@ def read_directions(
     """
     inputs = read_tokens(model, directions.inputs.T).T
     outputs = directions.outputs.to(unembedding) @ unembedding
-    masks = outliers(model.weights.embedding(model.dtype)), outliers(unembedding.T)
+    masks = norm_outliers(model.weights.embedding(model.dtype)), norm_outliers(unembedding.T)
     inputs = inputs.masked_fill(masks[0], torch.nan)
     outputs = outputs.masked_fill(masks[1], torch.nan)
     outputs = outputs - outputs.nanmean(1, keepdim=True)

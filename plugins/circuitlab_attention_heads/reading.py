@@ -23,7 +23,7 @@ from circuitlab_attention_heads.ov import OVCircuit, centred_unembedding, ov_cir
 from circuitlab_attention_heads.qk import QKCircuit, qk_circuit
 from circuitlab_attention_heads.shares import Shares, input_shares
 from circuitlab_attention_heads.tables import LEAST, Scales, add_panels, scales_of
-from circuitlab_attention_heads.vocabulary import token_ids, token_texts
+from circuitlab_attention_heads.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,7 +181,7 @@ def _read(
         head,
         through,
         tokens,
-        token_texts(model, ids),
+        model.token_texts(ids),
         positions,
         offsets,
         qk,
@@ -313,7 +313,7 @@ def _ends(model: TracedModel, values: Tensor, n: int) -> dict[str, list[list[Any
     return {
         name: [
             [text, float(values[token])]
-            for text, token in zip(token_texts(model, ids), ids, strict=True)
+            for text, token in zip(model.token_texts(ids), ids, strict=True)
         ]
         for name, ids in (("largest", large), ("smallest", small))
     }

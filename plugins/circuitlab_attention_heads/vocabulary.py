@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 
 #: Tokens whose vectors are made float64 at once.
 _ROWS = 8192
-#: A token is an outlier when the logarithm of its norm lies so many deviations from the median.
-OUTLIER = 4.0
-#: Deviations are at least this: tokens whose norms differ by a few per cent are all alike.
-_LEAST_DEVIATION = 0.05
-#: How tokenizers write a space and a line end inside a token.
-_MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
 
 
 def read_tokens(model: TracedModel, weight: Tensor) -> Tensor:
@@ -33,37 +27,6 @@ def read_tokens(model: TracedModel, weight: Tensor) -> Tensor:
 def embedding_rows(model: TracedModel) -> Iterator[Tensor]:
     """The embedding in float64, some tokens at a time, ``[n, d_model]``."""
     return _wide(model.weights.embedding(model.dtype))
-
-
-def outliers(vectors: Tensor) -> Tensor:
-    """Which vectors are unlike the others in size, as those of unused tokens are: bool ``[n]``.
-
-    The logarithm of the norm is more than :data:`OUTLIER` deviations from the median, where a
-    deviation is 1.4826 times the median absolute one, as of a normal distribution. Vectors of norm
-    0 have no direction and are outliers too.
-
-    Args:
-        vectors: ``[n, width]``.
-    """
-    norms = torch.cat([rows.norm(dim=-1) for rows in _wide(vectors)])
-    if not bool((norms > 0).any()):
-        return norms == 0
-    sizes = norms.log()
-    middle = sizes[norms > 0].median()
-    distance = (sizes - middle).abs()
-    deviation = 1.4826 * distance[norms > 0].median().clamp(min=_LEAST_DEVIATION / 1.4826)
-    return distance > OUTLIER * deviation
-
-
-def token_texts(model: TracedModel, tokens: Sequence[int]) -> list[str]:
-    """Tokens as text, for people; as ``#ID`` where there is none."""
-    if model.tokenizer is None:
-        return [f"#{token}" for token in tokens]
-    texts = model.tokenizer.convert_ids_to_tokens(list(tokens))
-    return [
-        f"#{token}" if text is None else str(text).translate(_MARKS)
-        for token, text in zip(tokens, texts, strict=True)
-    ]
 
 
 def token_ids(model: TracedModel, text: str) -> list[int]:

@@ -23,24 +23,10 @@ TOKENS, CURVE_POINTS = 5, 60
 #: Share of the mass whose edges are counted.
 HELD = 0.9
 
-#: How tokenizers write a space and a line end inside a token.
-_MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
-
 
 def latent_name(site: Site, latent: int, n: int) -> str:
     """``mlp_out.0.f17``; the number after the last latent is ``mlp_out.0.error``."""
     return f"{site}.error" if latent == n else f"{site}.f{latent}"
-
-
-def token_texts(model: TracedModel, tokens: Sequence[int]) -> list[str]:
-    """Tokens as text, for people; as ``#ID`` where there is none."""
-    if model.tokenizer is None:
-        return [f"#{token}" for token in tokens]
-    texts = model.tokenizer.convert_ids_to_tokens(list(tokens))
-    return [
-        f"#{token}" if text is None else str(text).translate(_MARKS)
-        for token, text in zip(tokens, texts, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,7 @@ class Nodes:
         activity = self.activity[site]
         facts: dict[str, Any] = {"index": latent}
         tokens = activity.top_tokens(latent, TOKENS)
-        texts = token_texts(self.model, [token for token, _ in tokens])
+        texts = self.model.token_texts([token for token, _ in tokens])
         facts |= {
             "density": float(activity.stats.densities[latent]),
             "mean_activation": activity.mean(latent),
@@ -91,7 +77,7 @@ class Nodes:
             best = logits.topk(min(TOKENS, len(logits))).indices.tolist()
             facts["logit_lens"] = [
                 [text, float(logits[token])]
-                for text, token in zip(token_texts(self.model, best), best, strict=True)
+                for text, token in zip(self.model.token_texts(best), best, strict=True)
             ]
         return facts
 

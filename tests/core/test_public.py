@@ -66,6 +66,7 @@ NAMES = [
     "hookimpl",
     "load_model",
     "mean_intervals",
+    "norm_outliers",
     "panels_of",
     "patchers",
     "ratio_interval",

@@ -11,14 +11,14 @@ import pytest
 import torch
 from card_oracles import SEED, alone, dictionary_of, read, write_card_set
 from circuitlab_feature_interactions.cards import choosing, context, examples, measuring
-from circuitlab_feature_interactions.cards.lens import LogitLens, outliers
+from circuitlab_feature_interactions.cards.lens import LogitLens
 from circuitlab_feature_interactions.cards.measuring import card_data
 from circuitlab_feature_interactions.cards.reading import Feature, Readings, prompt_batches
 from circuitlab_feature_interactions.data import generator_of
 from torch import Tensor
 
 import circuitlab
-from circuitlab import Dictionary, OptionError, Site, Tokens
+from circuitlab import Dictionary, OptionError, Site, Tokens, norm_outliers
 
 N_TOKENS = 400
 #: In words of the text model.
@@ -301,7 +301,7 @@ def test_vectors_of_other_sizes_are_outliers() -> None:
     """Planted tiny, huge and zero vectors are found, and no other."""
     vectors = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
     vectors[3], vectors[50], vectors[199] = vectors[3] / 100, vectors[50] * 100, 0
-    assert outliers(vectors).nonzero().flatten().tolist() == [3, 50, 199]
+    assert norm_outliers(vectors).nonzero().flatten().tolist() == [3, 50, 199]
 
 
 def test_the_largest_latents_are_those_of_brute_force(

@@ -16,12 +16,12 @@ from circuitlab_attention_heads.directions import (
 )
 from circuitlab_attention_heads.ends import end_compositions
 from circuitlab_attention_heads.ov import centred_unembedding
-from circuitlab_attention_heads.vocabulary import outliers, read_tokens, token_ids, token_texts
+from circuitlab_attention_heads.vocabulary import read_tokens, token_ids
 from dense_heads import Dense
 from families import FAMILIES, random_module, unchecked
 from torch import Tensor
 
-from circuitlab import OptionError, TracedModel, load_model
+from circuitlab import OptionError, TracedModel, load_model, norm_outliers
 
 HEAD, EARLIER = (1, 1), (0, 1)
 MODULES = {
@@ -130,26 +130,26 @@ def test_both_ends_leave_out_what_says_nothing() -> None:
 def test_outliers_are_unlike_in_size() -> None:
     """Much longer, much shorter, or nothing at all; not the ends of an ordinary spread."""
     rows = torch.randn(400, 50, generator=torch.Generator().manual_seed(1))
-    assert not outliers(rows).any()
+    assert not norm_outliers(rows).any()
     rows[[3, 50]], rows[7] = rows[[3, 50]] * 40, 0
     rows[9] /= 40
-    assert outliers(rows).nonzero().flatten().tolist() == [3, 7, 9, 50]
-    assert outliers(rows.half()).nonzero().flatten().tolist() == [3, 7, 9, 50]
+    assert norm_outliers(rows).nonzero().flatten().tolist() == [3, 7, 9, 50]
+    assert norm_outliers(rows.half()).nonzero().flatten().tolist() == [3, 7, 9, 50]
     alike = torch.nn.functional.normalize(rows + 1, dim=1)
-    assert not outliers(alike).any()
+    assert not norm_outliers(alike).any()
     alike[4] *= 1.1
-    assert not outliers(alike).any()
-    assert outliers(torch.zeros(3, 2)).all()
+    assert not norm_outliers(alike).any()
+    assert norm_outliers(torch.zeros(3, 2)).all()
 
 
 def test_tokens_are_found_by_text_or_number() -> None:
     """Each once, in the order given; text only where there is a tokenizer."""
     words = load_model("hand-induction")
     ids = token_ids(words, "c,a,#4,c")
-    assert token_texts(words, ids) == ["c", "a", token_texts(words, [4])[0]]
+    assert words.token_texts(ids) == ["c", "a", words.token_texts([4])[0]]
     _, numbers = case("gpt2")
     assert token_ids(numbers, "#7, 3") == [7, 3]
-    assert token_texts(numbers, [7, 3]) == ["#7", "#3"]
+    assert numbers.token_texts([7, 3]) == ["#7", "#3"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from torch import Tensor
 from circuitlab import Tokens, ratio_interval
 from circuitlab_feature_interactions.cards.reading import Feature, prompt_batches, read_last
 from circuitlab_feature_interactions.data import pad
-from circuitlab_feature_interactions.drawing import token_texts
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel
@@ -61,7 +60,7 @@ def token_ablations(
     told: dict[str, Any] = {
         "value": float(read_last(model, feature, [whole])),
         "first": first,
-        "texts": token_texts(model, prompt[first:].tolist()),
+        "texts": model.token_texts(prompt[first:].tolist()),
     }
     for name, found in values.items():
         told[name] = [found.get(place) for place in range(first, n)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from circuitlab import TracedModel, ratio_interval
-from circuitlab_feature_interactions.drawing import token_texts
 
 if TYPE_CHECKING:
     from circuitlab_feature_interactions.cards.reading import Readings
@@ -114,7 +113,7 @@ def excerpt(model: TracedModel, readings: Readings, values: Tensor, token: int) 
         "value": float(values[token]),
         "first": first,
         "length": len(ids),
-        "texts": token_texts(model, ids[first:last].tolist()),
+        "texts": model.token_texts(ids[first:last].tolist()),
         "values": values[start + first : start + last].tolist(),
     }
 
