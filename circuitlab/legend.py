@@ -102,9 +102,9 @@ def verdict(circuit: CircuitGraph) -> str:
 
 
 def n_edges(circuit: CircuitGraph) -> int | None:
-    """Number of edges of the traced model, q, k and v counted apart; None where it is not known."""
+    """How many edges there were to choose from: the model's, unless the circuit says else."""
     graph = circuit.graph
-    stated = graph.get("n_edges")
+    stated = graph.get("n_edges_total")
     if isinstance(stated, int) and not isinstance(stated, bool):
         return stated
     layers, heads = graph.get("n_layers"), graph.get("n_heads")

@@ -252,7 +252,7 @@ def test_legend_explains_only_what_is_drawn(laid_out: str) -> None:
 def test_arrows_to_gates_are_not_called_edges(laid_out: str) -> None:
     """A member's arrow to its gate is no edge of the model, so they are not counted as such."""
     circuit = gated()
-    circuit.graph["n_edges"] = 479
+    circuit.graph["n_edges_total"] = 479
     assert "showing all 7 effects" in words(drawn(circuit))
     assert "showing all 4 effects" in words(drawn(tokens("a", "b")))
 
