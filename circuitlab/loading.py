@@ -88,7 +88,7 @@ def load_unchecked(
     registry: Registry | None = None,
 ) -> tuple[TracedModel, Probe]:
     """The model of :func:`load_model` before its self-check, and what the plain module says."""
-    task_name = corpus = None
+    task_name = corpus = fresh = None
     if isinstance(source, str | Path):
         where = _device(device)
         module: Any
@@ -97,6 +97,8 @@ def load_unchecked(
             module, tokenizer = zoo.load(str(source))
             task_name = zoo.MODELS[str(source)].task
             corpus = partial(zoo.corpus, str(source))
+            if zoo.MODELS[str(source)].kind == "trained":
+                fresh = partial(zoo.untrained, str(source))
             revision = None
         else:
             module, tokenizer = _pretrained(str(source), revision, trust_remote_code, allow_pickle)
@@ -117,6 +119,7 @@ def load_unchecked(
         revision=revision,
         task_name=task_name,
         corpus=corpus,
+        fresh=fresh,
     )
     return model, plain
 

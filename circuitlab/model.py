@@ -11,6 +11,7 @@ from torch import Tensor
 
 from circuitlab.architectures import Architecture
 from circuitlab.errors import GraphError, ModelError, NumericsError, SiteError
+from circuitlab.fresh import fresh_weights
 from circuitlab.labels import counted
 from circuitlab.norms import pull_back
 from circuitlab.plans import Ending, Locator, make_plan
@@ -53,6 +54,7 @@ class TracedModel:
         revision: str | None = None,
         task_name: str | None = None,
         corpus: Callable[[int, int], Sequence[Prompt]] | None = None,
+        fresh: Callable[[int], PreTrainedModel] | None = None,
     ) -> None:
         self.name = name
         self.architecture = architecture
@@ -60,6 +62,7 @@ class TracedModel:
         self.revision = revision
         self.task_name = task_name
         self._corpus = corpus
+        self._fresh = fresh
         self._module = module
         self._locator = Locator(architecture)
         self._tracer = Tracer(module)
@@ -162,6 +165,26 @@ class TracedModel:
                 f"model {self.name!r} brings no texts of its own; give some (--data FILE)"
             )
         return list(self._corpus(n, seed))
+
+    def reinitialised(self, seed: int = 0) -> TracedModel:
+        """The model as it was before training, with weights of this seed: a control.
+
+        A bundled model begins as its recipe says, any other as its family does. Everything else
+        stays: tokenizer, corpus, type and device.
+
+        Raises:
+            ModelError: the family leaves a weight as it was.
+        """
+        fresh = fresh_weights(self._module, seed) if self._fresh is None else self._fresh(seed)
+        return TracedModel(
+            fresh.to(self.device, self.dtype).requires_grad_(False),
+            self.tokenizer,
+            self.architecture,
+            name=f"{self.name}, new weights of seed {seed}",
+            task_name=self.task_name,
+            corpus=self._corpus,
+            fresh=self._fresh,
+        )
 
     def run(
         self,

@@ -68,7 +68,7 @@ class Analysis:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A registered command: ``name`` is its group and its name, options are from the signature."""
+    """A registered command: ``name`` is one word, or a group and a name; options by signature."""
 
     name: str
     function: CommandFunction
@@ -103,7 +103,7 @@ class Registry:
     Attributes:
         plugins: All plugins found, broken ones too, by name.
         analyses: By name.
-        commands: By their two words.
+        commands: By their one or two words.
         tasks: By name.
         exporters: By suffix.
     """
@@ -288,8 +288,8 @@ class Registry:
 
         def command(name: str, function: CommandFunction) -> None:
             words = name.split(" ")
-            if len(words) != 2 or not all(map(_KEBAB.fullmatch, words)):
-                raise ValueError(f"command {name!r} is not named by two kebab-case words")
+            if len(words) > 2 or not all(map(_KEBAB.fullmatch, words)):
+                raise ValueError(f"command {name!r} is not named by one or two kebab-case words")
             if words[0] in _OURS:
                 raise ValueError(f"command {name!r} begins with a word of CircuitLab's own")
             options = read_options(function, ("model",))
@@ -315,10 +315,14 @@ class Registry:
 
     def _offer(self, info: PluginInfo, kind: str, key: str, value: Any) -> None:
         taken: dict[str, Any] = getattr(self, kind)
-        if key in taken:
-            other = next(p for p in self.plugins.values() if f"{kind}:{key}" in p.offers)
+        # A command's word cannot be a group of others too.
+        same = [k for k in taken if f"{k} ".startswith(f"{key} ") or f"{key} ".startswith(f"{k} ")]
+        if same:
+            offers = f"{kind}:{same[0]}"
+            other = next((p for p in self.plugins.values() if offers in p.offers), info)
+            names = f"{key!r}" if same[0] == key else f"{same[0]!r} and {key!r}"
             raise PluginError(
-                f"two plugins offer the {_SINGULAR[kind]} {key!r}: {other.name!r} "
+                f"two plugins offer the {_SINGULAR[kind]} {names}: {other.name!r} "
                 f"({other.distribution} {other.version}) and {info.name!r} "
                 f"({info.distribution} {info.version}); uninstall one, or list the plugins you "
                 f"want in CIRCUITLAB_PLUGINS"

@@ -102,7 +102,7 @@ def _fresh_plugins(patch: pytest.MonkeyPatch) -> None:
     from circuitlab.cli.trace import trace
 
     patch.setattr(trace, "_registry", None)
-    patch.setattr(commands, "_groups", None)
+    patch.setattr(commands, "_offered", None)
 
 
 @pytest.fixture

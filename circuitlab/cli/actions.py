@@ -20,17 +20,20 @@ if TYPE_CHECKING:
 SCHEMA = "circuitlab-result/1"
 
 
-def groups() -> dict[str, click.Group]:
-    """The groups of all plugins' commands, by name."""
+def offered() -> dict[str, click.Command]:
+    """All plugins' commands of one word, and the groups of those of two, by name."""
     registry = load_registry()
-    found: dict[str, click.Group] = {}
+    found: dict[str, click.Command] = {}
     for command in sorted(registry.commands.values(), key=lambda command: command.name):
-        group, name = command.name.split(" ")
-        if group not in found:
-            found[group] = Suggesting(
-                group, help=_summary(registry, group), context_settings=_SETTINGS
-            )
-        found[group].add_command(_command(registry, command, name))
+        first, _, second = command.name.partition(" ")
+        if not second:
+            found[first] = _command(registry, command, first)
+            continue
+        group = found.setdefault(
+            first, Suggesting(first, help=_summary(registry, first), context_settings=_SETTINGS)
+        )
+        assert isinstance(group, click.Group)  # the registry takes no second use of a word
+        group.add_command(_command(registry, command, second))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,16 +14,19 @@ from circuitlab.cli.suggesting import Suggesting
 from circuitlab.errors import PluginError
 from circuitlab.labels import visible
 
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
 
 class Lazy(Suggesting):
     """A group whose ``trace``, and commands of plugins, are made only when they are asked for."""
 
-    _groups: dict[str, click.Group] | None = None
+    _offered: dict[str, click.Command] | None = None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands, ``trace`` first, then plugins' and our own by name."""
         own = [name for name in super().list_commands(ctx) if name != "trace"]
-        return ["trace", *sorted([*own, *self._plugins_groups()])]
+        return ["trace", *sorted([*own, *self._plugins_commands()])]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """A command; the real ``trace`` unless only its help line is wanted."""
@@ -31,18 +34,18 @@ class Lazy(Suggesting):
             from circuitlab.cli.trace import trace
 
             return trace
-        return super().get_command(ctx, name) or self._plugins_groups().get(name)
+        return super().get_command(ctx, name) or self._plugins_commands().get(name)
 
-    def _plugins_groups(self) -> dict[str, click.Group]:
-        if self._groups is None:
-            from circuitlab.cli.actions import groups
+    def _plugins_commands(self) -> dict[str, click.Command]:
+        if self._offered is None:
+            from circuitlab.cli.actions import offered
 
             try:
-                self._groups = groups()
+                self._offered = offered()
             except PluginError as error:  # the others still have their help
                 screen.warn(str(error))
-                self._groups = {}
-        return self._groups
+                self._offered = {}
+        return self._offered
 
 
 EXAMPLES = """\b
@@ -143,7 +146,14 @@ def check_model(model: str, device: str, trust_remote_code: bool, allow_pickle: 
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to save it in.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Fewer or more than the recipe's.")
-def train_model(model: str, output: Path | None, seed: int, steps: int | None) -> None:
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(min=1),
+    help="Save it as it is after every so many steps too, in folders step-… of the folder.",
+)
+def train_model(
+    model: str, output: Path | None, seed: int, steps: int | None, checkpoint_every: int | None
+) -> None:
     """Train a bundled MODEL again by its recipe."""
     from circuitlab import zoo
 
@@ -155,7 +165,17 @@ def train_model(model: str, output: Path | None, seed: int, steps: int | None) -
         def show(step: int, total: int, values: dict[str, float]) -> None:
             listener(f"training {model}", step, total)
 
-        module, tokenizer, metrics = zoo.train(model, seed=seed, steps=steps, progress=show)
+        def keep(step: int, module: GPT2LMHeadModel) -> None:
+            zoo.save(module, zoo.tokenizer(model), folder / f"step-{step:06d}")
+
+        module, tokenizer, metrics = zoo.train(
+            model,
+            seed=seed,
+            steps=steps,
+            progress=show,
+            keep=keep if checkpoint_every else None,
+            keep_every=checkpoint_every or 1,
+        )
     zoo.save(module, tokenizer, folder)
     found = {name: f"{value:.4g}" for name, value in metrics.items()}
     screen.pairs(model, {**found, "saved in": str(folder)})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from circuitlab.errors import ModelError
 from circuitlab.tasks import Task
@@ -42,7 +42,9 @@ __all__ = [
     "load",
     "save",
     "tasks",
+    "tokenizer",
     "train",
+    "untrained",
 ]
 
 #: Held-out pairs an evaluation draws, afresh and not from the task.
@@ -249,6 +251,8 @@ def train(
     seed: int = 0,
     steps: int | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    keep: Callable[[int, GPT2LMHeadModel], None] | None = None,
+    keep_every: int = 1,
 ) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict[str, float]]:
     """Run a model's recipe again: the module, its tokenizer, and its held-out metrics.
 
@@ -260,20 +264,49 @@ def train(
         seed: Of weights and data.
         steps: Optimiser steps; those of the recipe if None.
         progress: Called with step, total and ``{"loss": nats}``.
+        keep: Called with the number of steps done and the module as it is then: before the first
+            step, every ``keep_every`` steps, and at the end.
+        keep_every: Steps between two of these calls.
 
     Raises:
         ModelError: there is no such model, or it is not trained.
     """
     recipe = _recipe(name, "is compiled, not trained; use zoo.load")
-    from circuitlab.zoo import summing, training
+    module = _carry_out(
+        recipe, seed=seed, steps=steps, progress=progress, keep=keep, keep_every=keep_every
+    )
+    words = tokenizer(name)
+    return module, words, evaluate(name, module, words)
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a trained model, as its recipe makes it.
+
+    Raises:
+        ModelError: there is no such model, or it is not trained.
+    """
+    recipe = _recipe(name, "is compiled; zoo.load gives its tokenizer")
     from circuitlab.zoo.word_tokenizer import word_tokenizer
 
+    return word_tokenizer(recipe.vocabulary, recipe.n_positions)
+
+
+def untrained(name: str, seed: int = 0) -> GPT2LMHeadModel:
+    """A trained model as it was before the first step of its recipe.
+
+    Raises:
+        ModelError: there is no such model, or it is not trained.
+    """
+    recipe = _recipe(name, "is compiled, not trained, and never had other weights")
+    return _carry_out(recipe, seed=seed, steps=0)
+
+
+def _carry_out(recipe: Recipe, **settings: Any) -> GPT2LMHeadModel:
+    from circuitlab.zoo import summing, training
+
     if isinstance(recipe, superposition.GatesRecipe):
-        module = summing.train_gates(recipe, seed=seed, steps=steps, progress=progress)
-    else:
-        module = training.train(recipe, seed=seed, steps=steps, progress=progress)
-    tokenizer = word_tokenizer(recipe.vocabulary, recipe.n_positions)
-    return module, tokenizer, evaluate(name, module, tokenizer)
+        return summing.train_gates(recipe, **settings)
+    return training.train(recipe, **settings)
 
 
 def save(module: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:

@@ -19,7 +19,7 @@ from circuitlab.zoo.hand import NO, YES
 from circuitlab.zoo.network import finished, gpt2, parameters, silent
 from circuitlab.zoo.recipe import BOS, SPECIAL_WORDS
 from circuitlab.zoo.superposition import GatesRecipe, Interference, Pair
-from circuitlab.zoo.training import REPORT_EVERY, Progress, last_logits, repeatable
+from circuitlab.zoo.training import REPORT_EVERY, Keep, Progress, last_logits, repeatable
 
 #: Logit of what is there.
 GAIN = 10.0
@@ -179,6 +179,8 @@ def train_gates(
     seed: int = 0,
     steps: int | None = None,
     progress: Progress | None = None,
+    keep: Keep | None = None,
+    keep_every: int = 1,
 ) -> GPT2LMHeadModel:
     """The model that a recipe for ANDs gives: its MLP is trained, the rest written down.
 
@@ -210,6 +212,8 @@ def train_gates(
             for size in range(layout.MOST_ACTIVE + 1)
         ]
         for step in range(1, total + 1):
+            if keep is not None and (step - 1) % keep_every == 0:
+                keep(step - 1, _compiled(recipe, gates))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * min(
                     1, step / 100, 2 * (1 - step / (total + 1))
@@ -223,8 +227,15 @@ def train_gates(
             optimizer.step()
             if progress is not None and (step % REPORT_EVERY == 0 or step == total):
                 progress(step, total, {"loss": loss.item()})
-    with torch.no_grad():
-        return with_norms(compile_gates(recipe.name, gates, NORMED_SINK))
+    module = _compiled(recipe, gates)
+    if keep is not None:
+        keep(total, module)
+    return module
+
+
+@torch.no_grad()
+def _compiled(recipe: GatesRecipe, gates: Gates) -> GPT2LMHeadModel:
+    return with_norms(compile_gates(recipe.name, gates, NORMED_SINK))
 
 
 def ands(bits: Tensor, pairs: Sequence[Pair]) -> Tensor:

@@ -15,6 +15,7 @@ from circuitlab.zoo.network import finished, gpt2, parameters
 from circuitlab.zoo.recipe import BOS, Example, Recipe, split
 
 Progress = Callable[[int, int, dict[str, float]], None]
+Keep = Callable[[int, GPT2LMHeadModel], None]
 
 #: Steps between two reports of progress.
 REPORT_EVERY = 20
@@ -22,7 +23,13 @@ _WARM_UP = 100
 
 
 def train(
-    recipe: Recipe, *, seed: int = 0, steps: int | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
+    keep_every: int = 1,
 ) -> GPT2LMHeadModel:
     """The model a recipe gives, in eval mode, its parameters frozen.
 
@@ -34,6 +41,9 @@ def train(
         seed: Of weights and data.
         steps: Optimiser steps; those of the recipe if None.
         progress: Called with step, total and ``{"loss": nats}`` every 20 steps and at the end.
+        keep: Called with the number of steps done and the module as it is then: before the first
+            step, every ``keep_every`` steps, and at the end.
+        keep_every: Steps between two of these calls.
     """
     total = recipe.steps if steps is None else steps
     rng = Random(f"{recipe.name} {seed}")  # noqa: S311  # data, not secrets
@@ -47,6 +57,8 @@ def train(
             betas=(0.9, 0.99),
         )
         for step in range(1, total + 1):
+            if keep is not None and (step - 1) % keep_every == 0:
+                keep(step - 1, module)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * min(
                     1, step / _WARM_UP, 2 * (1 - step / (total + 1))
@@ -59,7 +71,10 @@ def train(
             optimizer.step()
             if progress is not None and (step % REPORT_EVERY == 0 or step == total):
                 progress(step, total, {"loss": loss.item()})
-    return finished(module)
+    finished(module)
+    if keep is not None:
+        keep(total, module)
+    return module
 
 
 def build(recipe: Recipe) -> GPT2LMHeadModel:

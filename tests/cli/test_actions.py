@@ -18,6 +18,7 @@ SIZES = '''
     def register_commands(register):
         register("model sizes", sizes)
         register("model name", lambda model: {"name": model.name})
+        register("count", sizes)
 
     def sizes(model, *, scale: Annotated[int, "what the number is multiplied by"] = 1):
         """Count layers and heads."""
@@ -30,7 +31,7 @@ SIZES = '''
 
 @pytest.fixture
 def sized(lab: Lab, install: Any) -> Lab:
-    """The command line with a plugin that offers two commands."""
+    """The command line with a plugin that offers three commands."""
     install("circuitlab-sizes", "sizes", SIZES)
     return lab
 
@@ -44,6 +45,24 @@ def test_a_command_is_found_and_shown(sized: Lab) -> None:
     assert done.code == 0
     assert done.out.splitlines() == ["layers: 3", "model per head: 0.5", "model sizes: 2.5, 1"]
     assert "counting" in done.err
+
+
+def test_a_command_of_one_word(sized: Lab) -> None:
+    """A command need not have a group: it stands beside CircuitLab's own, with its own help."""
+    assert "count    Count layers and heads." in sized("--help").out
+    done = sized("count", "--model", "gate-and")
+    assert (done.code, done.out.splitlines()[0]) == (0, "layers: 1")
+
+
+def test_a_word_is_no_group_as_well(sized: Lab, install: Any) -> None:
+    """What one plugin offers as a command, no other can have as a group."""
+    install(
+        "circuitlab-counts",
+        "counts",
+        SIZES.replace('"count"', '"count heads"').replace("model", "m"),
+    )
+    done = sized("plugins")
+    assert "two plugins offer the command 'count heads' and 'count'" in done.err
 
 
 def test_a_command_gives_one_document(sized: Lab) -> None:

@@ -240,6 +240,23 @@ def test_models_train_saves_a_model_that_can_be_traced(lab: Lab) -> None:
     assert "folder 'mine' exists; give another with --output" in again.err
 
 
+@pytest.mark.parametrize("name", ["docstring-mini", "and-superposition"])
+def test_models_train_saves_checkpoints(name: str, lab: Lab, tmp_path: Path) -> None:
+    """Every so many steps, from before the first to the end, the model as it was is saved."""
+    done = lab("models", "train", name, "--steps", "5", "--checkpoint-every", "2", "-o", "mine")
+    assert done.code == 0
+    assert sorted(p.name for p in Path("mine").glob("step-*")) == [
+        f"step-{step:06d}" for step in (0, 2, 4, 5)
+    ]
+    weights = [
+        Path("mine", part, "model.safetensors").read_bytes()
+        for part in ("step-000000", "step-000004", "step-000005", "")
+    ]
+    assert weights[2] == weights[3]
+    assert len(set(weights)) == 3
+    assert lab("models", "check", "mine/step-000004").code == 0
+
+
 @pytest.mark.parametrize(
     ("name", "fact"),
     [("inducton", "did you mean 'induction'?"), ("gate-and", "compiled, not trained")],

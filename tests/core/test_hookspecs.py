@@ -180,9 +180,9 @@ def test_hook_register_commands() -> None:
         run_command(command, tiny_model(), {"off": "heads"})
 
 
-@pytest.mark.parametrize("name", ["sizes", "model sizes now", "Model sizes", "models sizes"])
+@pytest.mark.parametrize("name", ["", "model sizes now", "Model sizes", "models sizes", "render"])
 def test_a_command_that_cannot_be_called_is_refused(name: str) -> None:
-    """A command has two kebab-case words, the first of them none of CircuitLab's own."""
+    """A command has one or two kebab-case words, the first of them none of CircuitLab's own."""
     registry = Registry.load()
     registry.add(Commands(name), PluginInfo("own", "circuitlab-own", "0.1"))
     assert f"command {name!r}" in str(registry.plugins["own"].failure)
