@@ -52,8 +52,10 @@ class Architecture:
             it is not told, or no one linear map: then there is no ``mlp_post``.
         d_mlp: Width of that hidden layer; 0 without ``mlp_output_projection``.
         mlp_input_projection: Maps the normalised stream to the MLP's hidden layer; empty where that
-            is not one linear map and a nonlinearity.
+            is not one linear map and a nonlinearity, or one and a gate.
         mlp_activation: That nonlinearity, of each number alone.
+        mlp_gate_projection: Maps the normalised stream to the gate: behind the nonlinearity it
+            multiplies what ``mlp_input_projection`` gives (SwiGLU, GEGLU); empty where none does.
         position_embed: Learned position embedding that is added to the tokens'; empty where there
             is none.
         rotary: Module that gives ``(cos, sin)`` of rotary embeddings, second half of the columns
@@ -86,6 +88,7 @@ class Architecture:
     d_mlp: int = 0
     mlp_input_projection: str = ""
     mlp_activation: str = ""
+    mlp_gate_projection: str = ""
     position_embed: str = ""
     rotary: str = ""
     n_kv_heads: int = 0
@@ -122,7 +125,13 @@ class Architecture:
             self.mlp_norm,
             self.mlp,
             *filter(
-                None, [self.mlp_output_projection, self.mlp_input_projection, self.mlp_activation]
+                None,
+                [
+                    self.mlp_output_projection,
+                    self.mlp_input_projection,
+                    self.mlp_activation,
+                    self.mlp_gate_projection,
+                ],
             ),
         )
         last = self.block(self.n_layers - 1)

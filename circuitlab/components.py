@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import networkx as nx
+
 from circuitlab.graph import CircuitGraph, effect_name
 from circuitlab.labels import clip, visible
 from circuitlab.scene import Text, text_width
@@ -29,15 +31,22 @@ _STYLES = {
     "token": ("#F4F4F4", "#999999", "#111111", 9.0),
     "feature": ("#FFFFFF", "#444444", "#111111", 9.0),
     "error": ("#F4F4F4", "#999999", "#111111", 0.0),
+    "cluster": ("#FFFFFF", "#444444", "#111111", 9.0),
+    "region": ("#E3EEF6", "#444444", "#111111", 12.0),
 }
 #: Where in a layer the features of a site stand.
 _PLACES = {"resid_pre": -1, "mlp_in": 0, "mlp_out": 1, "resid_post": 2}
+#: Kinds of which a row may hold many, in no order of their own.
+_LOOSE = frozenset({"feature", "error", "cluster", "region"})
 _OTHER_STYLE = ("#FFFFFF", "#888888", "#111111", 0.0)
 _NO_POSITION = -(1 << 30)
 
 
 class Effect(NamedTuple):
-    """One effect as a picture shows it; ``strength`` is |score| over the largest one, 0 to 1."""
+    """One effect as a picture shows it; ``strength`` is |score| over the largest one, 0 to 1.
+
+    ``directed`` is false for the border of two regions, which has no direction and no arrow.
+    """
 
     source: str
     target: str
@@ -46,6 +55,7 @@ class Effect(NamedTuple):
     strength: float
     tooltip: str
     redundant: bool = False
+    directed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,16 @@ class Component:
         """Whether it is a component at one token position."""
         return self.column[0] != _NO_POSITION
 
+    @property
+    def loose(self) -> bool:
+        """Whether it may stand anywhere in its row, and its row be broken into several."""
+        return self.kind in _LOOSE and not self.positional
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it stands for several components."""
+        return self.kind == "cluster"
+
     def foot(self, port: str) -> float:
         """Where along its lower side the port lies, in points right of the middle."""
         if port not in self.ports:
@@ -128,13 +148,17 @@ def number(score: float) -> str:
     return text.replace("-", "−")
 
 
-def draw_effect(effect: tuple[str, str, str, float], strength: float, redundant: bool) -> Effect:
+def draw_effect(
+    circuit: CircuitGraph, effect: tuple[str, str, str, float], strength: float
+) -> Effect:
     """One effect of a picture; ``strength`` is |score| over the largest one."""
     source, target, port, score = effect
+    redundant = circuit.edges[effect[:3]].get("redundant") is True
+    directed = not all(_is_region(circuit, end) for end in (source, target))
     tooltip = f"{effect_name(source, target, port)}  {number(score)}"
     # What stands last in a tooltip is the score.
     tooltip = f"redundant: {tooltip}" if redundant else tooltip
-    return Effect(source, target, port, score, strength, tooltip, redundant)
+    return Effect(source, target, port, score, strength, tooltip, redundant, directed)
 
 
 def draw_component(
@@ -149,10 +173,15 @@ def draw_component(
     full = visible(str(name))
     token = _token(data)
     note = visible(str(data.get("role") or data.get("label") or "")) or token
+    members = data.get("members")
+    if kind == "cluster" and isinstance(members, list | tuple):
+        note = f"{note} · {len(members)}" if note else str(len(members))
     label, role = clip(full, 22), clip(note, 26)
     if kind == "token" and token:
         # A token is known by its text; its name only says where it stands.
         label, role = clip(token, 22), clip(full, 26)
+    if kind == "region" and token:
+        label, role = clip(token, 22), clip(full if note == token else f"{full} · {note}", 26)
     ordered = tuple(sorted(ports, key=lambda p: (_PORT_ORDER.get(p, 3), p)))
     width = max(
         text_width(label, _NAME_SIZE) + 14, text_width(role, _ROLE_SIZE) + 12,
@@ -162,6 +191,8 @@ def draw_component(
         width = max(width, min(40.0 + 9.0 * n_effects, 130.0))
     height = 24.0 + (11.0 if role else 0.0) + (8.0 if ordered else 0.0)
     tooltip = f"{full}: {note}" if note else full
+    if kind == "cluster" and isinstance(members, list | tuple):
+        tooltip += visible(f": {', '.join(map(str, members))}")
     return Component(
         str(name), kind, rank, _column(str(name), data), label, role, ordered, round(width),
         height, tooltip,
@@ -209,7 +240,10 @@ def _column(name: str, data: Mapping[str, Any]) -> tuple[int, int, str]:
 
 
 def _rank(circuit: CircuitGraph, name: str, names: set[str]) -> tuple[int, ...]:
-    """Layer, then place in the layer: heads 0, what reads them 1; a gate just above its members."""
+    """Layer, then place in the layer: heads 0, what reads them 1; a gate just above its members.
+
+    A region stands above all that its borders lead from, so that no border runs sideways.
+    """
     data = circuit.nodes[name]
     kind, layer = data.get("kind"), _layer(data)
     if kind in ("input", "logits"):
@@ -222,9 +256,18 @@ def _rank(circuit: CircuitGraph, name: str, names: set[str]) -> tuple[int, ...]:
         return (*max(members, default=(layer, 0)), 1)
     if kind == "residual" and (site := re.match(r"resid_(pre|mid|post)\b", name)):
         return {"pre": (layer, -1), "mid": (layer, 0, 2), "post": (layer, 2)}[site[1]]
-    if kind in ("feature", "error") and (site := re.match(r"[a-z_]+", str(data.get("site")))):
-        return (layer, _PLACES.get(site[0], 1))
+    if kind in ("feature", "error", "cluster"):
+        site = re.match(r"[a-z_]*", str(data.get("site")))
+        return (layer, _PLACES.get(site[0] if site else "", 1))
+    if kind == "region":
+        below = {n for n in nx.ancestors(circuit, name) & names if _is_region(circuit, n)}
+        path = nx.dag_longest_path(circuit.subgraph({*below, name}), weight=None)
+        return (layer, 0, len(path) - 1)
     return (layer, 0 if kind == "head" else 1)
+
+
+def _is_region(circuit: CircuitGraph, name: str) -> bool:
+    return bool(circuit.nodes[name].get("kind") == "region")
 
 
 def _layer(data: Mapping[str, Any]) -> int:

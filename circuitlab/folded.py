@@ -45,7 +45,9 @@ class MlpWeights:
     """An MLP of one hidden layer with the norm that feeds it folded in; row vectors from the left.
 
     With ``σ`` the norm's scale (:meth:`Weights.norm_scale`) it reads a stream ``x`` and writes
-    ``activation(x / σ @ w_in + b_in) @ w_out + b_out``.
+    ``activation(x / σ @ w_in + b_in) @ w_out + b_out``. A gated MLP, as SwiGLU and GEGLU (Shazeer
+    2020, arXiv:2002.05202), writes
+    ``(activation(x / σ @ gate + gate_bias) * (x / σ @ w_in + b_in)) @ w_out + b_out``.
 
     Attributes:
         w_in: ``[d_model, d_mlp]``.
@@ -53,6 +55,8 @@ class MlpWeights:
         activation: Of each number alone; any shape.
         w_out: ``[d_mlp, d_model]``.
         b_out: ``[d_model]``.
+        gate: ``[d_model, d_mlp]``; None where no gate multiplies the hidden layer.
+        gate_bias: ``[d_mlp]``; None without a gate.
     """
 
     w_in: Tensor
@@ -60,3 +64,14 @@ class MlpWeights:
     activation: Callable[[Tensor], Tensor]
     w_out: Tensor
     b_out: Tensor
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        """What it writes, ``[..., d_model]``, at streams ``x / σ`` of that shape."""
+        hidden = normed @ self.w_in + self.b_in
+        if self.gate is None or self.gate_bias is None:
+            hidden = self.activation(hidden)
+        else:
+            hidden = self.activation(normed @ self.gate + self.gate_bias) * hidden
+        return hidden @ self.w_out + self.b_out

@@ -68,8 +68,8 @@ def register_exporters(register: Callable[[str, Exporter], None]) -> None:
 def register_commands(register: Callable[[str, CommandFunction], None]) -> None:
     """Offer commands beside ``trace``: call ``register("group name", function)`` once for each.
 
-    One or two kebab-case words: ``circuitlab dict train`` is ``dict train``. The function is called as
-    ``function(model: TracedModel, *, option=default, ...)``; its options are read as those of an
+    One or two kebab-case words: ``circuitlab dict train`` is ``dict train``. The function is called
+    as ``function(model: TracedModel, *, option=default, ...)``; its options are read as those of an
     analysis. It returns what it found by label, plain JSON, and shows progress by
     ``circuitlab.track``. Do not import torch or run a model here.
     """

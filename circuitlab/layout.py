@@ -10,10 +10,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from circuitlab.components import Component, Effect, draw_component, draw_effect, number
 from circuitlab.graph import EDGE_SCORE, CircuitGraph
+from circuitlab.rows import Passages, broken, is_broken, packed
 from circuitlab.scene import Box, Curve, Point, Text, arrow_length
 
 #: Effects a picture shows unless it is told otherwise: more cannot be told apart.
@@ -22,6 +23,9 @@ MAX_EDGES = 300
 MAX_DOT_NODES = 60
 #: Effects up to which each one carries its score in figures.
 MAX_NUMBERED = 16
+
+#: Offset in points of the box behind that of a component which stands for several.
+STACK = 3.0
 
 #: Okabe & Ito's blue and vermillion: told apart by every kind of colour vision, and in grey.
 HELPS, HURTS = "#0072B2", "#D55E00"
@@ -70,6 +74,11 @@ class Selection:
     def small(self) -> bool:
         """Whether the picture is small enough for Graphviz to lay it out well and at once."""
         return len(self.components) <= MAX_DOT_NODES and len(self.effects) <= MAX_EDGES
+
+    @property
+    def broken(self) -> bool:
+        """Whether a row was too long for a page; :func:`grid` lays such a picture out best."""
+        return is_broken(self.components.values())
 
     @property
     def numbered(self) -> bool:
@@ -122,10 +131,7 @@ def select(circuit: CircuitGraph, max_edges: int = MAX_EDGES) -> Selection:
     if len(kept) == circuit.number_of_edges() and len(circuit) <= MAX_DOT_NODES:
         names = set(circuit)
     largest = max((abs(score) for *_, score in kept), default=0.0) or 1.0
-    effects = [
-        draw_effect(effect, abs(effect[3]) / largest, edges[effect[:3]].get("redundant") is True)
-        for effect in reversed(kept)
-    ]
+    effects = [draw_effect(circuit, effect, abs(effect[3]) / largest) for effect in reversed(kept)]
     ports: dict[str, set[str]] = {}
     for effect in effects:
         if effect.port:
@@ -134,6 +140,7 @@ def select(circuit: CircuitGraph, max_edges: int = MAX_EDGES) -> Selection:
     components = [
         draw_component(circuit, name, names, ports.get(name, set()), ends[name]) for name in names
     ]
+    components = broken(components, effects)
     components.sort(key=lambda c: (c.rank, c.column))
     sizes = [abs(effect.score) for effect in effects]
     return Selection(
@@ -169,7 +176,13 @@ def line_width(strength: float) -> float:
 
 def boxes(selection: Selection, places: Places) -> list[Box]:
     """The components, drawn."""
-    return [_box(c, places.nodes[name]) for name, c in selection.components.items()]
+    found: list[Box] = []
+    for name, c in selection.components.items():
+        box = _box(c, places.nodes[name])
+        if c.stacked:
+            found.append(replace(box, x=box.x + STACK, y=box.y + STACK, tooltip="", texts=()))
+        found.append(box)
+    return found
 
 
 def curves(selection: Selection, places: Places) -> list[Curve]:
@@ -183,7 +196,7 @@ def curves(selection: Selection, places: Places) -> list[Curve]:
             selection.colour(effect.score),
             line_width(effect.strength),
             opacity=1.0 - fade * (1.0 - effect.strength),
-            tip=tip,
+            tip=tip if effect.directed else None,
             dashed=not selection.established or effect.redundant,
             tooltip=effect.tooltip,
         )
@@ -206,7 +219,8 @@ def grid(selection: Selection) -> Places:
     """Places computed here: one row per layer, one column per head, MLPs in their own column.
 
     Components that have a token position stand in the columns of that position. Gates stand above
-    their members, on a row of their own.
+    their members, on a row of their own. What may stand anywhere in its row stands in the middle,
+    in the order of what it reads.
     """
     components = selection.components.values()
     slots = _slots(selection)
@@ -221,11 +235,29 @@ def grid(selection: Selection) -> Places:
         for c, x in _wished(selection, row, nodes) if row[0].symbol else ():
             right = max(x, right + pitch)
             nodes[c.name] = right, heights[c.rank]
+        for name, x in _packed(selection, row, nodes, middle).items():
+            nodes[name] = x, heights[row[0].rank]
         for c in row:
             x = middle if c.is_end else across.get(slots.get(c.name, (0, 0, "")), middle)
             nodes.setdefault(c.name, (x, heights[c.rank]))
+    for row in [*reversed(selection.ranks()), *selection.ranks()]:
+        for name, x in _packed(selection, row, nodes, middle).items():
+            nodes[name] = x, heights[row[0].rank]
     paths = [_path(selection, nodes, effect) for effect in selection.effects]
-    return Places(nodes, tuple(p for p, _ in paths), tuple(t for _, t in paths), {})
+    curves, tips = [points for points, _ in paths], [tip for _, tip in paths]
+    if not selection.broken:
+        return Places(nodes, tuple(curves), tuple(tips), {})
+    passages = Passages(selection.ranks(), nodes)
+    for index, effect in enumerate(selection.effects):
+        (*_, end), tip, target = curves[index], tips[index], selection.components[effect.target]
+        if target.is_end:
+            # Many lines to one point could not be told apart.
+            aside = max(-0.45, min(0.45, (nodes[effect.source][0] - end[0]) / 900)) * target.width
+            end, tips[index] = (end[0] + aside, end[1]), (tip[0] + aside, tip[1])
+        if curves[index][0][1] < end[1]:
+            curves[index] = passages.lead(curves[index][0], end)
+    written = {i: _beside(curve[-4:], 1) for i, curve in enumerate(curves) if selection.numbered}
+    return Places(nodes, tuple(curves), tuple(tips), written)
 
 
 def _slots(selection: Selection) -> dict[str, tuple[int, int, str]]:
@@ -233,7 +265,7 @@ def _slots(selection: Selection) -> dict[str, tuple[int, int, str]]:
     slots: dict[str, tuple[int, int, str]] = {}
     taken: Counter[tuple[tuple[int, ...], int]] = Counter()
     for c in selection.components.values():
-        if c.symbol or c.is_end:
+        if c.symbol or c.is_end or c.loose:
             continue
         slots[c.name] = c.column
         if c.positional:
@@ -245,16 +277,17 @@ def _slots(selection: Selection) -> dict[str, tuple[int, int, str]]:
 def _heights(selection: Selection) -> dict[tuple[int, ...], float]:
     components = selection.components.values()
     inner = [row[0].rank for row in selection.ranks() if not row[0].is_end]
+    loose = {c.rank for c in components if c.loose}
     layers = sorted({rank[0] for rank in inner})
     rise = max((c.height for c in components), default=24.0) + 46.0
     heights: dict[tuple[int, ...], float] = {}
     height = 0.0
     for before, rank in zip([None, *inner], inner, strict=False):
         # The MLP reads the heads of its own layer: it stands above them, in a column of its own.
-        half = 0.5 * rise * (len(rank) == 2 and rank[1] == 1)
+        half = 0.5 * rise * (len(rank) == 2 and rank[1] == 1 and rank not in loose)
         if before is None:
             height = half
-        elif {before[1:], rank[1:]} <= {(0,), (1,)}:
+        elif {before[1:], rank[1:]} <= {(0,), (1,)} and not loose & {before, rank}:
             steps = layers.index(rank[0]) - layers.index(before[0])
             height += rise * (steps + 0.5 * (rank[1] - before[1]))
         else:
@@ -267,15 +300,25 @@ def _heights(selection: Selection) -> dict[tuple[int, ...], float]:
     return heights
 
 
+def _packed(
+    selection: Selection, row: list[Component], nodes: Mapping[str, Point], middle: float
+) -> dict[str, float]:
+    """What may stand anywhere in a row: side by side, ordered by what it is joined to."""
+    loose = [c for c in row if c.loose]
+    return packed([c for c, _ in _wished(selection, loose, nodes)], middle)
+
+
 def _wished(
-    selection: Selection, gates: list[Component], nodes: Mapping[str, Point]
+    selection: Selection, row: list[Component], nodes: Mapping[str, Point]
 ) -> list[tuple[Component, float]]:
-    """Gates over the middle of their members, from left to right."""
-    members: dict[str, list[float]] = {gate.name: [] for gate in gates}
+    """Components over the middle of what they are joined to and is placed, from left to right."""
+    members: dict[str, list[float]] = {c.name: [] for c in row}
     for effect in selection.effects:
-        if effect.target in members and effect.source in nodes:
-            members[effect.target].append(nodes[effect.source][0])
-    wished = [(c, sum(members[c.name]) / max(1, len(members[c.name]))) for c in gates]
+        for one, other in (effect[:2], effect[1::-1]):
+            # The logits, in the middle, say nothing about sides.
+            if other in members and one in nodes and selection.components[one].kind != "logits":
+                members[other].append(nodes[one][0])
+    wished = [(c, sum(members[c.name]) / max(1, len(members[c.name]))) for c in row]
     return sorted(wished, key=lambda pair: (pair[1], pair[0].name))
 
 
@@ -337,7 +380,8 @@ def _path(
     (x0, y0), (x1, y1) = nodes[effect.source], nodes[effect.target]
     y0 += source.height / 2
     tip = (x1 + target.foot(effect.port), y1 - target.height / 2)
-    x1, y1 = tip[0], tip[1] - arrow_length(line_width(effect.strength))
+    head = arrow_length(line_width(effect.strength)) if effect.directed else 0.0
+    x1, y1 = tip[0], tip[1] - head
     rise = y1 - y0
     reach = max(18.0, 0.4 * rise)
     # A line straight up would hide behind the boxes of its own column.

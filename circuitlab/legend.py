@@ -125,6 +125,8 @@ def meanings(selection: Selection) -> list[str]:
     words = [f"{name}: {s.meaning}" for name, s in SYMBOLS.items() if name in types]
     if any(c.symbol and c.symbol.figure and c.role for c in selection.components.values()):
         words.append("number in a gate: interaction of its members")
+    if any(c.stacked for c in selection.components.values()):
+        words.append("stacked: features active together, and how many")
     if any(effect.redundant for effect in selection.effects):
         words.append("dashed: redundant, others can stand in")
     return words

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from circuitlab.architectures import Architecture
 from circuitlab.errors import GraphError, ModelError, NumericsError, SiteError
@@ -175,9 +175,10 @@ class TracedModel:
         Raises:
             ModelError: the family leaves a weight as it was.
         """
-        fresh = fresh_weights(self._module, seed) if self._fresh is None else self._fresh(seed)
+        make: Callable[[int], nn.Module] = self._fresh or partial(fresh_weights, self._module)
+        fresh: nn.Module = make(seed).to(device=self.device, dtype=self.dtype)
         return TracedModel(
-            fresh.to(self.device, self.dtype).requires_grad_(False),
+            fresh.requires_grad_(False),
             self.tokenizer,
             self.architecture,
             name=f"{self.name}, new weights of seed {seed}",

@@ -127,7 +127,7 @@ def _scene(circuit: CircuitGraph, max_edges: int) -> tuple[Scene, list[str]]:
     selection = select(circuit, max_edges)
     warnings = []
     places = None
-    if selection.small and selection.components:
+    if selection.small and selection.components and not selection.broken:
         try:
             places = _places(selection, json.loads(_graphviz(_dot(selection, ""), "dot", "json")))
         except _GraphvizError as error:
@@ -203,10 +203,11 @@ def _node(component: Component) -> str:
         )
         text += f"|{{{feet}}}}}"
         styles = [style for style in styles if style != "rounded"]
+    stack = 'peripheries="2", ' if component.stacked else ""
     return (
         f'[label="{text}", shape="{shape}", style="{",".join(styles)}", fillcolor="{fill}", '
         f'color="{stroke}", fontcolor="{ink}", width="{component.width / 72:.3f}", '
-        f'height="{component.height / 72:.3f}", tooltip="{escape(component.tooltip)}"];'
+        f'height="{component.height / 72:.3f}", {stack}tooltip="{escape(component.tooltip)}"];'
     )
 
 
@@ -219,9 +220,10 @@ def _edge(index: int, effect: Effect, selection: Selection) -> str:
     width = line_width(effect.strength)
     label = f'label=" {number(effect.score)} ", ' if selection.numbered else ""
     shade = selection.colour(effect.score)
+    arrow = f'arrowsize="{arrow_length(width) / 10:.2f}"' if effect.directed else 'dir="none"'
     return (
         f'[id="e{index}", {label}color="{shade}", fontcolor="{shade}", penwidth="{width:.2f}", '
-        f'arrowsize="{arrow_length(width) / 10:.2f}", '
+        f"{arrow}, "
         f'weight="{1 + round(9 * effect.strength)}", '
         f'style="{"dashed" if effect.redundant or not selection.established else "solid"}", '
         f'tooltip="{escape(effect.tooltip)}"];'
@@ -248,8 +250,13 @@ def _places(selection: Selection, document: dict[str, object]) -> Places:
             continue
         index = int(item["id"][1:])
         head, *rest = item["pos"].split()
+        effect = selection.effects[index]
+        if not effect.directed:
+            head, rest = rest[-1], [head, *rest]
         points = tuple(_point(text) for text in rest)
-        points = _from_inside(nodes[selection.effects[index].source], points)
+        points = _from_inside(nodes[effect.source], points)
+        if not effect.directed:
+            points = _from_inside(nodes[effect.target], points[::-1])[::-1]
         paths[index] = points, _point(head.removeprefix("e,"))
         if "lp" in item:
             figures[index] = _point(item["lp"])

@@ -94,8 +94,8 @@ class Weights:
         """The MLP of a layer, its norm folded in; see :class:`MlpWeights`.
 
         Raises:
-            SiteError: the layer does not exist, or the architecture does not name the MLP's two
-                maps and its nonlinearity, as where a gate multiplies the hidden layer.
+            SiteError: the layer does not exist, or the architecture does not name the MLP's maps
+                and its nonlinearity.
             ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity.
         """
         self._locator.check(Site("mlp_post", layer))
@@ -103,18 +103,24 @@ class Weights:
         if not (a.mlp_input_projection and a.mlp_activation):
             raise SiteError(
                 f"the architecture of {a.family} does not say what the MLP's hidden layer is: set "
-                f"mlp_input_projection and mlp_activation, if it is one map and a nonlinearity"
+                f"mlp_input_projection and mlp_activation, if it is one map and a nonlinearity, "
+                f"and mlp_gate_projection where a gate multiplies it"
             )
         norm = read_norm(self._in_block(layer, a.mlp_norm), a.d_model)
-        first = self._in_block(layer, a.mlp_input_projection)
+
+        def folded(path: str) -> tuple[Tensor, Tensor]:
+            module = self._in_block(layer, path)
+            weight = _input_by_output(module).double()
+            bias = norm.shift @ weight + _bias(module).double()
+            return norm.fold(weight).to(dtype), bias.to(dtype)
+
         last = self._in_block(layer, a.mlp_output_projection)
-        weight = _input_by_output(first).double()
         return MlpWeights(
-            norm.fold(weight).to(dtype),
-            (norm.shift @ weight + _bias(first).double()).to(dtype),
+            *folded(a.mlp_input_projection),
             self._in_block(layer, a.mlp_activation),
             _input_by_output(last).to(dtype),
             _bias(last).to(dtype),
+            *(folded(a.mlp_gate_projection) if a.mlp_gate_projection else ()),
         )
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
-"""Random small models of other families, plain and traced: Llama, Qwen2 and GPT-NeoX.
+"""Random small models of other families, plain and traced: Llama, Qwen2, Gemma and GPT-NeoX.
 
 Their attention takes its softmax, and Llama's norm works, in float32 whatever the model's type.
+MLPs of Llama, Qwen2 and Gemma are gated: SwiGLU, and GEGLU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from circuitlab.registry import PluginInfo, Registry
 
 #: 4 heads, d_model 16. Llama and Qwen2 have 2 key and value heads, ``llama-wide`` 1, and heads of 6
 #: columns, Qwen2 has biases. GPT-NeoX turns 2 of a head's 4 columns; its blocks are parallel or
-#: sequential.
+#: sequential. Gemma, which multiplies its embeddings, is made where it is asked for.
 FAMILIES = ("llama", "llama-wide", "qwen2", "neox", "neox-sequential")
 
 _SIZES: dict[str, Any] = {
@@ -33,11 +34,11 @@ _SIZES: dict[str, Any] = {
 
 
 class Families:
-    """A plugin that knows Llama, Qwen2 and GPT-NeoX."""
+    """A plugin that knows Llama, Qwen2, Gemma and GPT-NeoX."""
 
     @hookimpl
     def adapt_architecture(self, config: Any) -> Architecture | None:
-        if config.model_type in ("llama", "qwen2"):
+        if config.model_type in ("llama", "qwen2", "gemma"):
             return _llama(config)
         return neox(config) if config.model_type == "gpt_neox" else None
 
@@ -65,6 +66,9 @@ def _llama(config: Any) -> Architecture:
         mlp="mlp",
         mlp_output_projection="mlp.down_proj",
         d_mlp=config.intermediate_size,
+        mlp_input_projection="mlp.up_proj",
+        mlp_activation="mlp.act_fn",
+        mlp_gate_projection="mlp.gate_proj",
         rotary="model.rotary_emb",
         n_kv_heads=config.num_key_value_heads,
     )
@@ -104,6 +108,8 @@ def random_module(
 ) -> nn.Module:
     """A small random model, far from linear, no bias at 0 and no gain at 1."""
     from transformers import (
+        GemmaConfig,
+        GemmaForCausalLM,
         GPTNeoXConfig,
         GPTNeoXForCausalLM,
         LlamaConfig,
@@ -121,6 +127,8 @@ def random_module(
             module = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
         elif family == "qwen2":
             module = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2))
+        elif family == "gemma":
+            module = GemmaForCausalLM(GemmaConfig(**sizes, num_key_value_heads=2, head_dim=4))
         else:
             wide = family == "llama-wide"
             sizes |= {"num_key_value_heads": 1 if wide else 2, "head_dim": 6 if wide else 4}
@@ -148,5 +156,5 @@ def unchecked(module: nn.Module) -> TracedModel:
 
 
 def family_model(family: str, n_layers: int = 2, *, seed: int = 0) -> TracedModel:
-    """A random model of one of :data:`FAMILIES`, float32."""
+    """A random model of one of :data:`FAMILIES`, or of Gemma, float32."""
     return traced(random_module(family, n_layers, seed=seed))

@@ -16,6 +16,7 @@ from circuitlab import (
     Curves,
     Heatmap,
     Histogram,
+    Image,
     Panel,
     Point,
     Scatter,
@@ -66,7 +67,12 @@ HISTOGRAM = Histogram(
 TABLE = TextTable(
     title="Top tokens", header=["token", "score"], rows=[[" Mary", 2.94567], ["x", -1]]
 )
-ALL: tuple[Panel, ...] = (HEATMAP, CURVES, SCATTER, BARS, UPSET, HISTOGRAM, TABLE)
+IMAGE = Image(
+    title="Slice", x=[-0.25, 0.5, 1.25], y=[0, 1], x_label="α", y_label="β",
+    pixels=[[[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0]], [[0, 0, 1], [0, 0.5, 0.5], [0, 0, 0]]],
+    channels=["like A", "like B", "like C"], points=[Point(name="A", x=0, y=0)],
+)  # fmt: skip
+ALL: tuple[Panel, ...] = (HEATMAP, CURVES, SCATTER, BARS, UPSET, HISTOGRAM, TABLE, IMAGE)
 
 
 def circuit_with(*panels: Panel, **graph: Any) -> CircuitGraph:

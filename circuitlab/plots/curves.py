@@ -125,7 +125,10 @@ def _draw(
         axes.fill_between(
             x, _floats(curve.lo), _floats(curve.hi), color=colour, alpha=0.17, linewidth=0
         )
-    dotted = len(x) <= max(dots, 1) or any(math.isnan(value) for value in mean)
+    # A line does not show a value whose neighbours are missing.
+    known = [False, *(not math.isnan(value) for value in mean), False]
+    alone = any(known[i] and not (known[i - 1] or known[i + 1]) for i in range(1, len(known) - 1))
+    dotted = len(x) <= max(dots, 1) or alone
     axes.plot(
         x, mean, color=colour, linewidth=1.5, linestyle=style, marker="o" if dotted else None,
         markersize=2.8, clip_on=False,

@@ -20,6 +20,7 @@ from circuitlab.plots.curves import curves
 from circuitlab.plots.frame import Frame, Tile
 from circuitlab.plots.heatmap import heatmap
 from circuitlab.plots.histogram import histogram
+from circuitlab.plots.image import image
 from circuitlab.plots.ink import FONT, INK, RED, SOFT, broken, inches, readable
 from circuitlab.plots.scatter import scatter
 from circuitlab.plots.table import table
@@ -43,6 +44,7 @@ _TILES: Mapping[type[kinds.Panel], Callable[[Any], Tile]] = {
     kinds.UpSet: upset,
     kinds.Histogram: histogram,
     kinds.TextTable: table,
+    kinds.Image: image,
 }
 
 

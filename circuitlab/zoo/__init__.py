@@ -292,11 +292,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def untrained(name: str, seed: int = 0) -> GPT2LMHeadModel:
-    """A trained model as it was before the first step of its recipe.
-
-    Raises:
-        ModelError: there is no such model, or it is not trained.
-    """
+    """A trained model before the first step of its recipe; raises as :func:`train`."""
     recipe = _recipe(name, "is compiled, not trained, and never had other weights")
     return _carry_out(recipe, seed=seed, steps=0)
 

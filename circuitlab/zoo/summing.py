@@ -19,7 +19,14 @@ from circuitlab.zoo.hand import NO, YES
 from circuitlab.zoo.network import finished, gpt2, parameters, silent
 from circuitlab.zoo.recipe import BOS, SPECIAL_WORDS
 from circuitlab.zoo.superposition import GatesRecipe, Interference, Pair
-from circuitlab.zoo.training import REPORT_EVERY, Keep, Progress, last_logits, repeatable
+from circuitlab.zoo.training import (
+    REPORT_EVERY,
+    Keep,
+    Progress,
+    last_logits,
+    rate_share,
+    repeatable,
+)
 
 #: Logit of what is there.
 GAIN = 10.0
@@ -189,15 +196,8 @@ def train_gates(
     :func:`circuitlab.zoo.training.train`.
     """
     total, pairs = recipe.steps if steps is None else steps, layout.GATED_PAIRS[recipe.name]
-    n_in, n = layout.N_INPUTS, recipe.n_neurons
     with repeatable(seed):
-        gates = Gates(
-            torch.randn(n_in, n) / 2,
-            torch.zeros(n),
-            0.3 * torch.randn(n, len(pairs)),
-            torch.zeros(len(pairs)),
-            torch.eye(len(pairs)),
-        )
+        gates = _first_gates(recipe.n_neurons, len(pairs))
         trained = [w.requires_grad_() for w in (gates.w_in, gates.b_in, gates.w_out, gates.b_out)]
         optimizer = torch.optim.AdamW(
             trained,
@@ -215,9 +215,7 @@ def train_gates(
             if keep is not None and (step - 1) % keep_every == 0:
                 keep(step - 1, _compiled(recipe, gates))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * min(
-                    1, step / 100, 2 * (1 - step / (total + 1))
-                )
+                group["lr"] = recipe.learning_rate * rate_share(step, total)
             bits = _draw(shown, recipe.batch_size)
             wanted = ands(bits, pairs)
             weight = 1 + (recipe.active_weight - 1) * wanted
@@ -231,6 +229,17 @@ def train_gates(
     if keep is not None:
         keep(total, module)
     return module
+
+
+def _first_gates(n: int, n_pairs: int) -> Gates:
+    """Gates before training, of ``n`` neurons, drawn from torch's global random state."""
+    return Gates(
+        torch.randn(layout.N_INPUTS, n) / 2,
+        torch.zeros(n),
+        0.3 * torch.randn(n, n_pairs),
+        torch.zeros(n_pairs),
+        torch.eye(n_pairs),
+    )
 
 
 @torch.no_grad()

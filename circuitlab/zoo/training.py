@@ -60,9 +60,7 @@ def train(
             if keep is not None and (step - 1) % keep_every == 0:
                 keep(step - 1, module)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * min(
-                    1, step / _WARM_UP, 2 * (1 - step / (total + 1))
-                )
+                group["lr"] = recipe.learning_rate * rate_share(step, total)
             loss = question_loss(
                 module, [recipe.example(rng) for _ in range(recipe.batch_size)], ids
             )
@@ -75,6 +73,11 @@ def train(
     if keep is not None:
         keep(total, module)
     return module
+
+
+def rate_share(step: int, total: int) -> float:
+    """Share of the learning rate at a step, counted from 1: a rise, a plateau, a fall to 0."""
+    return min(1.0, step / _WARM_UP, 2 * (1 - step / (total + 1)))
 
 
 def build(recipe: Recipe) -> GPT2LMHeadModel:

@@ -26,9 +26,10 @@ def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], Non
 
 @circuitlab.hookimpl
 def register_commands(register: Callable[[str, Callable[..., Mapping[str, Any]]], None]) -> None:
-    """Offer ``dict train``, ``dict eval`` and ``dict cards``."""
+    """Offer ``dict train``, ``dict eval``, ``dict compare`` and ``dict cards``."""
     register("dict train", train)
     register("dict eval", evaluate)
+    register("dict compare", compare_sets)
     register("dict cards", draw_up_cards)
 
 
@@ -42,7 +43,10 @@ def feature_interactions(
     top: Annotated[int | Literal["all"], "how many edges to keep, by absolute score"] = 20,
     min_coactivation: Annotated[int, "tokens at which both ends of an edge must be active"] = 20,
     verify: Annotated[int, "edges to ablate exactly, strong, middling and drawn at random"] = 50,
-    cluster: Annotated[bool, "find groups of latents that are active together"] = False,
+    cluster: Annotated[
+        Literal["none", "label", "group"],
+        "latents that are active together: numbered, or as one node of the circuit",
+    ] = "none",
     compare: Annotated[Path | None, "another folder of dictionaries, to set beside"] = None,
     batch_size: Annotated[int | Literal["auto"], "prompts per pass"] = "auto",
 ) -> CircuitGraph:
@@ -71,7 +75,9 @@ def train(
     model: TracedModel,
     *,
     sites: Annotated[
-        str, "pairs of sites: 'mlp.0', 'mlp', 'block.1', 'block'; several with commas"
+        str,
+        "pairs of sites: 'mlp.0', 'block.1', 'transcoder.0', or all 'mlp', 'block', 'transcoder'; "
+        "several with commas",
     ] = "mlp.0",
     arch: Annotated[Literal["topk", "relu", "jumprelu", "gated"], "nonlinearity"] = "topk",
     k: Annotated[int, "topk: latents active at once"] = 8,
@@ -114,10 +120,11 @@ def evaluate(
     n_tokens: Annotated[int, "tokens to measure on"] = 50_000,
     per_position: Annotated[bool, "every number also by position in the prompt"] = False,
     controls: Annotated[
-        bool, "the same of a shuffled Jacobian, random directions, k-means, PCA and ICA"
+        bool, "the same of a shuffled Jacobian, random directions, k-means, PCA, ICA, new weights"
     ] = False,
     independent: Annotated[
-        Path | None, "dictionaries trained without the penalty, to set beside"
+        Path | Literal["train"] | None,
+        "folder of dictionaries without the penalty, to set beside; 'train' trains them now",
     ] = None,
     context_length: Annotated[int | None, "longest prompt, in tokens"] = None,
 ) -> Mapping[str, Any]:
@@ -144,6 +151,48 @@ def evaluate(
     )
 
 
+def compare_sets(
+    model: TracedModel,
+    *,
+    dictionaries: Annotated[
+        str | None, "folders of sets, with commas between them; a folder of sets stands for all"
+    ] = None,
+    data: Data = None,
+    n_tokens: Annotated[int, "tokens to measure on"] = 20_000,
+    reconstruction: Annotated[
+        Literal["r2", "kl", "ce"], "what is to be equal: R², or what of KL or loss is recovered"
+    ] = "r2",
+    controls: Annotated[
+        bool, "beside: random directions, PCA, ICA, and the first set on new weights"
+    ] = False,
+    context_length: Annotated[int | None, "longest prompt, in tokens"] = None,
+    output: Annotated[Path, "picture to write, .plot.svg, .plot.png, .plot.pdf, or .json"] = Path(
+        "interactions.plot.svg"
+    ),
+) -> Mapping[str, Any]:
+    """Compare dictionaries with and without the penalty at equal reconstruction."""
+    if dictionaries is None:
+        raise circuitlab.OptionError(
+            "there is nothing to compare; name folders that `circuitlab dict train` wrote, some "
+            "with --interaction none (--dictionaries FOLDER,FOLDER)"
+        )
+    import torch
+
+    from circuitlab_feature_interactions.compare_command import compare_dictionaries
+
+    return compare_dictionaries(
+        model,
+        dictionaries=dictionaries,
+        data=data,
+        n_tokens=n_tokens,
+        reconstruction=reconstruction,
+        controls=controls,
+        context_length=context_length,
+        output=output,
+        seed=torch.initial_seed(),
+    )
+
+
 def draw_up_cards(
     model: TracedModel,
     *,
@@ -154,11 +203,11 @@ def draw_up_cards(
     data: Data = None,
     n_tokens: Annotated[int, "tokens to measure on"] = 20_000,
     context_length: Annotated[int | None, "longest prompt, in tokens"] = None,
-    output: Annotated[Path, "page to write, .html; one that is there is replaced"] = Path(
-        "cards.html"
-    ),
+    output: Annotated[
+        Path, "page to write, .html; or a picture, .svg; or a folder for a picture of each card"
+    ] = Path("cards.html"),
 ) -> Mapping[str, Any]:
-    """Draw up cards of features, each beside a random direction, on one static page."""
+    """Draw up cards of features, each beside a random direction, as a static page or as SVG."""
     if dictionaries is None:
         raise circuitlab.OptionError(
             "there is nothing to draw up cards of; name a folder that `circuitlab dict train` "

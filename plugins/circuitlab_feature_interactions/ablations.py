@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from circuitlab import choose_batch_size, ratio_interval, track
+from circuitlab_feature_interactions.sites import sites_of, written_site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 #: Strongest edges that hold this share of the mass are not at the bottom.
 MIDDLE = 0.95
 
+#: Some latents of a site; the number after the last one is the error.
+Latents = tuple[int, ...]
 #: Source latents that a target latent may be made of, by target latent.
 Kept = Mapping[int, frozenset[int]]
 
@@ -77,7 +80,8 @@ def exact_effects(
 
     The source latent is taken out at every position of the prompt, all else, the error too, is
     kept, and the model runs on. Where the number of the latent is that of the error, the
-    reconstruction is put in the activation's place.
+    reconstruction is put in the activation's place. A transcoder's latents and error are in what it
+    writes.
 
     Args:
         model: Any traced model.
@@ -92,38 +96,70 @@ def exact_effects(
         which both are active, over ``scale``; a target that drops out of the selection is 0 then.
         NaN where there is no such token.
     """
+    ends = [((j,), (i,)) for j, i in zip(edges.source.tolist(), edges.target.tolist(), strict=True)]
+    return group_effects(model, batches, pair, dictionaries, ends, scale)
+
+
+@torch.no_grad()
+def group_effects(
+    model: TracedModel,
+    batches: Sequence[Tokens],
+    pair: Pair,
+    dictionaries: Mapping[Site, Dictionary],
+    edges: Sequence[tuple[Latents, Latents]],
+    scale: Tensor,
+) -> Tensor:
+    """The same of source latents that are taken out together, on the sum of target latents.
+
+    Args:
+        model: Any traced model.
+        batches: Prompts.
+        pair: The sites.
+        dictionaries: By site.
+        edges: Source latents and target latents of each, ``m``.
+        scale: Mean of each target latent where active, ``[n_target]``.
+
+    Returns:
+        ``[m]``, float64: mean, over the tokens at which a source and a target latent are active,
+        of Σ (target latent − the same without the sources) / ``scale`` over all target latents;
+        those that come in instead of others count too. NaN where there is no such token.
+    """
     reads, writes = dictionaries[pair.source], dictionaries[pair.target]
+    out, scale = written_site(pair.source, reads), scale.to(model.device)
     total = torch.zeros(len(edges), dtype=torch.float64)
     count = torch.zeros(len(edges), dtype=torch.float64)
-    rows: dict[int, list[int]] = {}
-    for row, source in enumerate(edges.source.tolist()):
-        rows.setdefault(source, []).append(row)
+    rows: dict[Latents, list[int]] = {}
+    for row, (sources, _) in enumerate(edges):
+        rows.setdefault(sources, []).append(row)
     for tokens in track(batches, "ablating latents"):
-        run = model.run(tokens, read=[pair.source, pair.target], logits="none")
-        x, before = run[pair.source], writes.encode(run[pair.target])
-        z = reads.encode(x)
-        for source, chosen in rows.items():
-            active, written = _written(reads, x, z, source)
+        run = model.run(tokens, read=[pair.source, out, pair.target], logits="none")
+        before, z = writes.encode(run[pair.target]), reads.encode(run[pair.source])
+        error = reads.error(run[pair.source], run[out])
+        for sources, chosen in rows.items():
+            active, written = _written(reads, error, z, sources)
             active = active & tokens.mask
             some = active.any(1).nonzero()[:, 0]
             if not len(some):
                 continue
-            changed = {pair.source: (x - written)[some]}
-            after = _run_to(model, tokens.rows(some), pair.target, changed)
-            seen = active if pair.route == "mlp" else active.cumsum(1) > 0
-            targets = edges.target[chosen].to(before.device)
-            old, new = before[some][..., targets], writes.encode(after)[..., targets]
-            where = (seen & tokens.mask)[some][..., None] & (old != 0)
-            total[chosen] += ((old - new).double() * where).sum((0, 1)).cpu()
-            count[chosen] += where.double().sum((0, 1)).cpu()
-    return total / count / scale[edges.target]
+            changed = {out: (run[out] - written)[some]}
+            after = writes.encode(_run_to(model, tokens.rows(some), pair.target, changed))
+            seen = ((active if pair.route == "mlp" else active.cumsum(1) > 0) & tokens.mask)[some]
+            for row in chosen:
+                targets = list(edges[row][1])
+                old, new = before[some][..., targets], after[..., targets]
+                where = seen & (old != 0).any(-1)
+                total[row] += ((old - new).double() / scale[targets])[where].sum().cpu()
+                count[row] += where.sum().cpu()
+    return total / count
 
 
-def _written(reads: Dictionary, x: Tensor, z: Tensor, source: int) -> tuple[Tensor, Tensor]:
-    """Where a latent is active, ``[batch, pos]``, and what it writes, ``[batch, pos, width]``."""
-    if source == reads.n:
-        return torch.ones_like(z[..., 0], dtype=torch.bool), x - reads.decode(z)
-    return z[..., source] != 0, z[..., source, None] * reads.W_d[source]
+def _written(
+    reads: Dictionary, error: Tensor, z: Tensor, sources: Latents
+) -> tuple[Tensor, Tensor]:
+    """Where any is active, ``[batch, pos]``, and what they write, ``[batch, pos, width]``."""
+    latents = [source for source in sources if source != reads.n]
+    active, written = (z[..., latents] != 0).any(-1), z[..., latents] @ reads.W_d[latents]
+    return (active, written) if len(latents) == len(sources) else (active | True, written + error)
 
 
 def _run_to(model: TracedModel, tokens: Tokens, site: Site, write: Mapping[Site, Tensor]) -> Tensor:
@@ -227,6 +263,9 @@ class KeptEdges:
     the clean run; pairs follow one another in the order of layers. Errors stay at both ends, so
     that with all edges the model is what it was.
 
+    A transcoder's latents are decoded to what its MLP writes, and the stream goes on beside it.
+    Between transcoders, ``z'`` of one pair is what the next pair's targets are made of.
+
     Attributes:
         model: Any traced model.
         pairs: In the order of layers.
@@ -278,13 +317,25 @@ def _writes(
     dictionaries: Mapping[Site, Dictionary],
     kept: Sequence[Kept],
 ) -> dict[Site, Tensor]:
-    clean = model.run(tokens, read=[pair.target for pair in pairs], logits="none")
+    outs = {site: written_site(site, dictionaries[site]) for site in sites_of(pairs)}
+    clean = model.run(tokens, read=[*outs, *outs.values()], logits="none")
     written: dict[Site, Tensor] = {}
+    made: dict[Site, tuple[Tensor, Tensor]] = {}
     for pair, chosen in zip(pairs, kept, strict=True):
-        target, y = dictionaries[pair.target], clean[pair.target]
-        z = masked_targets(model, tokens, pair, dictionaries, chosen, written)
-        written[pair.target] = target.decode(z) + target.error(y)
+        site, out = pair.target, outs[pair.target]
+        target = dictionaries[site]
+        z = masked_targets(model, tokens, pair, dictionaries, chosen, written, made)
+        _, rest = _split(target, clean[site], clean[out])
+        written[out] = z @ target.W_d + rest
+        if target.transcoder:
+            made[site] = z, rest
     return written
+
+
+def _split(dictionary: Dictionary, x: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents ``[batch, pos, n]``, and what is written without them: biases and error."""
+    z = dictionary.encode(x)
+    return z, written.to(z.dtype) - z @ dictionary.W_d
 
 
 @torch.no_grad()
@@ -295,15 +346,29 @@ def masked_targets(
     dictionaries: Mapping[Site, Dictionary],
     kept: Kept,
     written: Mapping[Site, Tensor],
+    made: Mapping[Site, tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Target latents ``[batch, pos, n_target]``, each from the source latents kept for it.
 
     Targets that are made of the same source latents share a run.
+
+    Args:
+        model: Any traced model.
+        tokens: Prompts.
+        pair: The sites.
+        dictionaries: By site.
+        kept: Source latents of target latents.
+        written: What is written at sites before.
+        made: Latents of transcoders that are targets of a pair before, and what they leave of the
+            MLP's output; others have those of the run.
     """
     reads, writes = dictionaries[pair.source], dictionaries[pair.target]
-    x = _run_to(model, tokens, pair.source, written)
-    z = reads.encode(x)
-    error = reads.error(x)
+    out = written_site(pair.source, reads)
+    if made and pair.source in made:
+        z, rest = made[pair.source]
+    else:
+        run = model.run(tokens, write=written, read=[pair.source, out], logits="none")
+        z, rest = _split(reads, run[pair.source], run[out])
     groups: dict[frozenset[int], list[int]] = {}
     for target in range(writes.n):
         groups.setdefault(kept.get(target, frozenset()), []).append(target)
@@ -312,7 +377,7 @@ def masked_targets(
         some = sorted(sources)
         part = torch.zeros_like(z)
         part[..., some] = z[..., some]
-        changed = {**written, pair.source: reads.decode(part) + error}
+        changed = {**written, out: part @ reads.W_d + rest}
         after = writes.encode(_run_to(model, tokens, pair.target, changed))
         found[..., targets] = after[..., targets]
     return found

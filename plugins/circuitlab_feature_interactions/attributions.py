@@ -44,9 +44,10 @@ class Attributions:
         n_source: Latents of the source dictionary.
         source_position: Position of each column, ``[n, m]``; None for an MLP.
         own: Columns at the target's own position, ``[n, k_in]``; None for an MLP.
-        mlp: Share of ``values`` that comes through the MLP alone, ``[n, k_out, k_in]``, for the
-            columns ``own``; None for an MLP, where that is all.
-        skip: ``R`` of the identity skip, likewise; not in ``values``. None for an MLP.
+        local: Share of ``values`` that comes through no attention, ``[n, k_out, k_in]``, for the
+            columns ``own``: across a block through the MLP alone; between transcoders along the
+            stream, from decoder row to encoder. None for an MLP, where that is all.
+        skip: ``R`` of the identity skip of a block, likewise; not in ``values``. None elsewhere.
     """
 
     values: Tensor
@@ -62,7 +63,7 @@ class Attributions:
     n_source: int
     source_position: Tensor | None = None
     own: Tensor | None = None
-    mlp: Tensor | None = None
+    local: Tensor | None = None
     skip: Tensor | None = None
 
     def normalised(self, target_scale: Tensor) -> Tensor:
@@ -151,23 +152,37 @@ def gather_product(table: Tensor, index: Tensor, matrix: Tensor) -> Tensor:
     return functional.embedding(where, functional.embedding(unique, table) @ matrix)
 
 
-def check_dictionaries(source: Dictionary, target: Dictionary, d: int, dtype: torch.dtype) -> None:
+def check_dictionaries(
+    source: Dictionary,
+    target: Dictionary,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    transcoders: bool = False,
+) -> None:
     """Refuse dictionaries that do not fit a route.
 
     Raises:
-        OptionError: a width, a type, or a transcoder, which writes another site than it reads.
+        OptionError: a width, a type, or a transcoder in the place of an autoencoder or the other
+            way round.
     """
     for name, dictionary in (("source", source), ("target", target)):
-        if dictionary.transcoder:
+        if dictionary.transcoder and not transcoders:
             raise OptionError(
                 f"the {name} dictionary is a transcoder, which writes another site than it reads; "
                 f"give an autoencoder"
             )
-        if dictionary.d_in != d:
+        if transcoders and not dictionary.transcoder:
             raise OptionError(
-                f"the {name} dictionary reads {dictionary.d_in} numbers, and the model's streams "
-                f"have {d}; give one that was trained on this model"
+                f"the {name} dictionary is an autoencoder, and between MLPs interact transcoders, "
+                f"from what an MLP reads to what it writes; give one"
             )
+        for verb, width in (("reads", dictionary.d_in), ("writes", dictionary.d_out)):
+            if width != d:
+                raise OptionError(
+                    f"the {name} dictionary {verb} {width} numbers, and the model's streams have "
+                    f"{d}; give one that was trained on this model"
+                )
         if dictionary.W_e.dtype != dtype:
             raise OptionError(
                 f"the {name} dictionary is {dictionary.W_e.dtype}, and the route {dtype}; make the "

@@ -25,7 +25,13 @@ from circuitlab_feature_interactions.attributions import (
     gather_product,
     sample_rows,
 )
-from circuitlab_feature_interactions.blocks import AttentionState, Block, MlpState, rotate
+from circuitlab_feature_interactions.blocks import (
+    Attention,
+    AttentionState,
+    Block,
+    MlpState,
+    rotate,
+)
 
 if TYPE_CHECKING:
     from circuitlab import Dictionary, TracedModel
@@ -76,7 +82,7 @@ class BlockRoute:
     """Through the attention and the MLP of one block, and past them.
 
     Raises:
-        SiteError: its MLP is not known as one linear map and a nonlinearity.
+        SiteError: its MLP's hidden layer is not told by the architecture.
         ModelError: its norms are none that can be folded.
     """
 
@@ -118,15 +124,15 @@ class BlockRoute:
             OptionError: dictionaries that do not fit, shapes, or fewer than 1 row or token.
         """
         check_dictionaries(source, target, len(self.block.attention.weight), self.dtype)
-        mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
-        if x.ndim != 3 or mask.shape != x.shape[:2]:
-            raise OptionError(
-                f"streams of shape {list(x.shape)} with a mask of {list(mask.shape)} are no whole "
-                f"prompts; give [batch, pos, d] and [batch, pos]"
-            )
+        mask = mask_of(x, mask)
         targets = draw_targets(mask, tokens, generator)
         x, mask = x.to(self.dtype)[targets.prompts], mask[targets.prompts]
-        sources, stream = self._sources(source, x, mask, with_error)
+        latents = find_latents(source, x)
+        stream, error = source.decode_active(latents.index, latents.z), None
+        if with_error:
+            stream, error = x, x - stream
+        stream = readable(stream, mask)
+        sources = find_sources(source, latents, error, mask, self.block.attention.weight)
         attention = self.block.attention.at(stream, mask)
         after = stream + attention.written
         mlp = self.block.mlp.at(targets.at(stream if self.block.parallel else after))
@@ -137,93 +143,108 @@ class BlockRoute:
         encoders = encoders * encoder_gain(target, chosen)[..., None]
         by_mlp = self._through_mlp(target, chosen, mlp)
         reading = encoders if self.block.parallel else encoders + by_mlp
-        ahead, query = self._through_attention(attention, sources, targets, reading)
+        ahead, query = through_attention(self.block.attention, attention, sources, targets, reading)
         own = targets.at(sources.directions).transpose(-1, -2)
         parts = (ahead, query + by_mlp @ own, by_mlp @ own, encoders @ own)
-        return _collect(parts, sources, targets, chosen, scale, mask, (target, source))
-
-    def _sources(
-        self, source: Dictionary, x: Tensor, mask: Tensor, with_error: bool
-    ) -> tuple[Sources, Tensor]:
-        """The source directions, and the streams at which the Jacobian is taken."""
-        latents = find_latents(source, x)
-        index, z = latents.index, latents.z * mask[..., None]
-        stream = source.decode_active(index, latents.z)
-        error = x - stream
-        if with_error:
-            stream = x
-        # Nothing reads a padded token, but a norm of zeros need not be finite.
-        anything = torch.linspace(-1, 1, x.shape[-1]).to(x)
-        stream = torch.where(mask[..., None], stream, anything)
-        weight = self.block.attention.weight
-        ports = gather_product(source.W_d, index, weight)
-        directions = functional.embedding(index, source.W_d)
-        if with_error:
-            ports = torch.cat([ports, (error @ weight)[..., None, :]], -2)
-            directions = torch.cat([directions, error[..., None, :]], -2)
-            index = functional.pad(index, (0, 1), value=source.n)
-            z = torch.cat([z, mask[..., None].to(z.dtype)], -1)
-        return Sources(index, z, directions, ports), stream
+        return collect(parts, sources, targets, chosen, scale, mask, (target, source))
 
     def _through_mlp(self, target: Dictionary, chosen: Latents, mlp: MlpState) -> Tensor:
         """Gradient of target latents at what the MLP reads, ``[batch, slots, k_out, d]``."""
         part = self.block.mlp
         back = gather_product(target.W_e.T, chosen.index, part.w_out_back)
-        back = back * encoder_gain(target, chosen)[..., None] * mlp.slope[..., None, :]
+        back = mlp.at_maps(back * encoder_gain(target, chosen)[..., None])
         return part.norm.pull_back(mlp.normal, mlp.scale, back @ part.w_in_back)
 
-    def _through_attention(
-        self, state: AttentionState, sources: Sources, targets: Targets, reading: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Jacobian of target latents in source latents through the attention.
 
-        Args:
-            state: The attention.
-            sources: The source directions.
-            targets: The target tokens.
-            reading: Gradient of target latents at the stream behind the attention,
-                ``[batch, slots, k_out, d]``.
+def mask_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask ``[batch, pos]`` of whole prompts ``[batch, pos, d]``; None: all tokens are real.
 
-        Returns:
-            Through keys and values ``[batch, slots, k_out, pos, k]``; and through the queries of
-            the target's own position, ``[batch, slots, k_out, k]``.
-        """
-        part = self.block.attention
-        gradient = part.by_head(reading @ part.output.T)
-        pattern = targets.at(state.pattern.transpose(1, 2))  # [batch, slots, n_heads, pos]
-        z, q = targets.at(state.z), targets.at(state.q)
-        # How far each key's score moves the target: A (v_j - z) . g
-        moved = torch.einsum("bpha,btrha->btrhp", state.v, gradient)
-        moved = moved - (z[:, :, None] * gradient).sum(-1)[..., None]
-        moved = moved * pattern[:, :, None] * part.score_scale
-        at_values = pattern[:, :, None, ..., None] * gradient[..., None, :]
-        at_keys = moved[..., None] * q[:, :, None, :, None, :]
-        at_queries = torch.einsum("btrhp,bpha->btrha", moved, state.k)
-        # [batch, slots, rows, n_heads, pos, d_head] to [batch, pos, slots * rows, n_heads * d_head]
-        both = [t.permute(0, 4, 1, 2, 3, 5).flatten(2, 3) for t in (at_keys, at_values)]
-        both[0] = rotate(both[0], state.turn, back=True)
-        cotangent = torch.cat([t.flatten(-2) for t in both], -1)
-        turn = None if state.turn is None else targets.at(state.turn)
-        query = rotate(at_queries, turn, back=True).flatten(-2)
-
-        width = query.shape[-1]
-        taken = part.norm.along(state.normal, sources.directions)
-        ports, base = sources.ports[..., width:], state.ports[..., width:]
-        ahead = _meet(cotangent, ports, base, taken) / state.scale[..., None]
-        ahead = ahead.reshape(*ahead.shape[:2], *reading.shape[1:3], *ahead.shape[3:])
-        ahead = ahead.permute(0, 2, 3, 1, 4)
-        own = (sources.ports[..., :width], state.ports[..., :width], taken)
-        at_own = _meet(query, *(targets.at(t) for t in own))
-        return ahead, at_own / targets.at(state.scale)[..., None]
-
-
-def _meet(cotangent: Tensor, ports: Tensor, base: Tensor, taken: Tensor) -> Tensor:
-    """Gradients ``[..., r, m]`` times what directions ``[..., k, m]`` add behind a norm.
-
-    The norm takes ``taken`` ``[..., k]`` of the stream's own ``base`` ``[..., m]`` out again.
+    Raises:
+        OptionError: these are no whole prompts.
     """
-    met = cotangent @ ports.transpose(-1, -2)
-    return met - (cotangent @ base[..., None]) * taken[..., None, :]
+    mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+    if x.ndim != 3 or mask.shape != x.shape[:2]:
+        raise OptionError(
+            f"streams of shape {list(x.shape)} with a mask of {list(mask.shape)} are no whole "
+            f"prompts; give [batch, pos, d] and [batch, pos]"
+        )
+    return mask
+
+
+def readable(stream: Tensor, mask: Tensor) -> Tensor:
+    """Streams with something in the place of padding that a norm can read; nothing reads it on."""
+    anything = torch.linspace(-1, 1, stream.shape[-1]).to(stream)
+    return torch.where(mask[..., None], stream, anything)
+
+
+def find_sources(
+    source: Dictionary, latents: Latents, error: Tensor | None, mask: Tensor, weight: Tensor
+) -> Sources:
+    """The directions of latents ``[batch, pos, k]``, and of an error ``[batch, pos, d]`` if given.
+
+    Args:
+        source: Dictionary of the latents.
+        latents: Those active.
+        error: One more source at each position.
+        mask: ``[batch, pos]``.
+        weight: To queries, keys and values, ``[d, 3 d_z]``.
+    """
+    index, z = latents.index, latents.z * mask[..., None]
+    ports = gather_product(source.W_d, index, weight)
+    directions = functional.embedding(index, source.W_d)
+    if error is not None:
+        ports = torch.cat([ports, (error @ weight)[..., None, :]], -2)
+        directions = torch.cat([directions, error[..., None, :]], -2)
+        index = functional.pad(index, (0, 1), value=source.n)
+        z = torch.cat([z, mask[..., None].to(z.dtype)], -1)
+    return Sources(index, z, directions, ports)
+
+
+def through_attention(
+    part: Attention, state: AttentionState, sources: Sources, targets: Targets, reading: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Jacobian of target latents in source latents through the attention.
+
+    Args:
+        part: The attention.
+        state: The same at some streams.
+        sources: The source directions.
+        targets: The target tokens.
+        reading: Gradient of target latents at the stream behind the attention,
+            ``[batch, slots, k_out, d]``.
+
+    Returns:
+        Through keys and values ``[batch, slots, k_out, pos, k]``; and through the queries of
+        the target's own position, ``[batch, slots, k_out, k]``.
+    """
+    gradient = part.by_head(reading @ part.output.T)
+    pattern = targets.at(state.pattern.transpose(1, 2))  # [batch, slots, n_heads, pos]
+    z, q = targets.at(state.z), targets.at(state.q)
+    # How far each key's score moves the target: A (v_j - z) . g
+    moved = torch.einsum("bpha,btrha->btrhp", state.v, gradient)
+    moved = moved - (z[:, :, None] * gradient).sum(-1)[..., None]
+    moved = moved * pattern[:, :, None] * part.score_scale
+    queries, keys, values = _read_by_heads(part, state, sources)
+    # What a source adds to a score is the same for all rows of a token.
+    scores = torch.einsum("btha,bpkha->bthpk", q, keys)
+    ahead = torch.einsum("btrhp,bthpk->btrpk", moved, scores)
+    by_head = torch.einsum("btrha,bpkha->bhtrpk", gradient, values)
+    ahead = ahead + (by_head * pattern.transpose(1, 2)[:, :, :, None, :, None]).sum(1)
+    at_queries = torch.einsum("btrhp,bpha->btrha", moved, state.k)
+    return ahead, torch.einsum("btrha,btkha->btrk", at_queries, targets.at(queries))
+
+
+def _read_by_heads(
+    part: Attention, state: AttentionState, sources: Sources
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What sources add to queries, keys and values, ``[batch, pos, k, n_heads, d_head]`` each.
+
+    The norm takes out of a direction what points along the stream.
+    """
+    taken = part.norm.along(state.normal, sources.directions)[..., None]
+    added = (sources.ports - taken * state.ports[..., None, :]) / state.scale[..., None]
+    queries, keys, values = (part.by_head(one) for one in added.chunk(3, -1))
+    return rotate(queries, state.turn), rotate(keys, state.turn), values
 
 
 def draw_targets(mask: Tensor, tokens: int | None, generator: torch.Generator | None) -> Targets:
@@ -252,8 +273,8 @@ def draw_targets(mask: Tensor, tokens: int | None, generator: torch.Generator | 
     return Targets(*moved)
 
 
-def _collect(
-    parts: tuple[Tensor, Tensor, Tensor, Tensor],
+def collect(
+    parts: tuple[Tensor, Tensor, Tensor, Tensor | None],
     sources: Sources,
     targets: Targets,
     chosen: Latents,
@@ -265,7 +286,8 @@ def _collect(
 
     Args:
         parts: Ahead of all positions ``[batch, slots, k_out, pos, k]``, and at the target's own
-            ``[batch, slots, k_out, k]``: computed beside that, through the MLP, skip.
+            ``[batch, slots, k_out, k]``: computed beside that; of what is computed, the share
+            through no attention; skip.
         sources: The source directions.
         targets: The target tokens.
         chosen: The target latents.
@@ -273,7 +295,7 @@ def _collect(
         mask: ``[batch, pos]``.
         dictionaries: Target and source.
     """
-    ahead, beside, mlp, skip = parts
+    ahead, beside, local, skip = parts
     batch, n_positions, k = sources.index.shape
     here = functional.one_hot(targets.position, n_positions).to(ahead.dtype)
     full = ahead + beside[..., None, :] * here[:, :, None, :, None]
@@ -301,6 +323,6 @@ def _collect(
         n_source=dictionaries[1].n,
         source_position=rows(positions[:, None].expand(-1, k).reshape(1, width).expand(batch, -1)),
         own=columns[targets.position][real],
-        mlp=(mlp * z_own[:, :, None])[real],
-        skip=(skip * z_own[:, :, None])[real],
+        local=(local * z_own[:, :, None])[real],
+        skip=None if skip is None else (skip * z_own[:, :, None])[real],
     )

@@ -80,8 +80,8 @@ class MlpState:
     Attributes:
         normal: The normalised streams, ``[..., d]``.
         scale: ``[..., 1]``.
-        hidden: What the hidden layer reads, its bias left out, ``[..., d_mlp]``.
-        slope: Derivative of its nonlinearity, same shape.
+        hidden: What the maps ``w_in`` give, without biases, ``[..., maps * d_mlp]``.
+        slope: Derivative of the hidden layer in what each map gives, ``[..., maps, d_mlp]``.
         written: What the MLP writes, ``[..., d]``.
     """
 
@@ -91,12 +91,23 @@ class MlpState:
     slope: Tensor
     written: Tensor
 
+    def at_maps(self, gradient: Tensor) -> Tensor:
+        """The gradient at what the maps give, ``[..., k, maps * d_mlp]``.
+
+        Args:
+            gradient: At the hidden layer, ``[..., k, d_mlp]``.
+        """
+        return (gradient[..., None, :] * self.slope[..., None, :, :]).flatten(-2)
+
 
 class Mlp:
     """The MLP of a layer with its norm, differentiable in the stream.
 
+    One linear map and a nonlinearity; or, gated, two side by side, ``φ(g) u`` with ``g`` of the
+    first, whose derivatives in the two are ``φ'(g) u`` and ``φ(g)``.
+
     Raises:
-        SiteError: its hidden layer is not one linear map and a nonlinearity.
+        SiteError: its hidden layer is not told by the architecture.
         ModelError: its norm is none that can be folded.
     """
 
@@ -104,8 +115,12 @@ class Mlp:
         self.norm = read_stream_norm(model, layer)
         weights = model.weights.mlp(layer, dtype)
         self.w_in, self.b_in, self.b_out = weights.w_in, weights.b_in, weights.b_out
+        self._gated = weights.gate is not None
+        if weights.gate is not None and weights.gate_bias is not None:
+            self.w_in = torch.cat([weights.gate, weights.w_in], 1)
+            self.b_in = torch.cat([weights.gate_bias, weights.b_in])
         # Laid out as the products below read it.
-        self.w_in_back, self.w_out = weights.w_in.T.contiguous(), weights.w_out
+        self.w_in_back, self.w_out = self.w_in.T.contiguous(), weights.w_out
         self.w_out_back = weights.w_out.T.contiguous()
         self._activation = weights.activation
 
@@ -113,8 +128,13 @@ class Mlp:
         """The MLP at streams ``[..., d]``."""
         normal, scale = self.norm(x)
         hidden = normal @ self.w_in
-        after, slope = with_slope(self._activation, hidden + self.b_in)
-        return MlpState(normal, scale, hidden, slope, after @ self.w_out + self.b_out)
+        given = hidden + self.b_in
+        gate, other = given.chunk(2, -1) if self._gated else (given, None)
+        after, slope = with_slope(self._activation, gate)
+        slopes = [slope] if other is None else [slope * other, after]
+        after = after if other is None else after * other
+        written = after @ self.w_out + self.b_out
+        return MlpState(normal, scale, hidden, torch.stack(slopes, -2), written)
 
 
 def with_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +233,7 @@ class Block:
     """A whole block, from the residual stream before it to the one after it.
 
     Raises:
-        SiteError: its MLP is not known as one linear map and a nonlinearity.
+        SiteError: its MLP's hidden layer is not told by the architecture.
         ModelError: its norms are none that can be folded.
     """
 

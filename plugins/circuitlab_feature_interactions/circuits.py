@@ -13,17 +13,21 @@ from circuitlab_feature_interactions.dictionary_sets import DictionarySet, read_
 from circuitlab_feature_interactions.drawing import Nodes, edge_data, panels
 from circuitlab_feature_interactions.gathering import (
     COMPUTED,
-    MLP,
+    LOCAL,
     SKIP,
     Gathered,
     data_batches,
     gather,
 )
-from circuitlab_feature_interactions.logits import metric_effects, removed_effects
+from circuitlab_feature_interactions.grouping import group_latents, label_clusters
+from circuitlab_feature_interactions.logits import (
+    MetricEffects,
+    metric_effects,
+    removed_effects,
+)
 from circuitlab_feature_interactions.telling import (
     Selected,
     Setting,
-    add_clusters,
     compare_sets,
     tell_kept_edges,
     tell_masses,
@@ -31,7 +35,7 @@ from circuitlab_feature_interactions.telling import (
 )
 
 if TYPE_CHECKING:
-    from circuitlab import Task, TracedModel
+    from circuitlab import Site, Task, TracedModel
     from circuitlab_feature_interactions.edges import EdgeTable
 
 SCORE = (
@@ -50,7 +54,7 @@ def feature_interactions(
     top: int | Literal["all"] = 60,
     min_coactivation: int = 20,
     verify: int = 50,
-    cluster: bool = False,
+    cluster: Literal["none", "label", "group"] = "none",
     compare: Path | None = None,
     batch_size: int | None = None,
 ) -> CircuitGraph:
@@ -68,7 +72,9 @@ def feature_interactions(
             again.
         min_coactivation: Tokens at which both ends must be active.
         verify: Edges to ablate, a third each of the strongest, the middle, and the rest.
-        cluster: Whether latents are grouped by phi, the correlation of being active.
+        cluster: Latents are grouped by phi, the correlation of being active: ``label`` puts the
+            number of its group on each; ``group`` makes one node, of kind ``cluster``, of each
+            group of a site, see :func:`circuitlab_feature_interactions.grouping.group_latents`.
         compare: Folder of several sets to compare this one with.
         batch_size: Prompts per pass; None chooses.
 
@@ -100,16 +106,18 @@ def feature_interactions(
     )
     for one in selected:
         _add_edges(nodes, one)
-    _add_logits(setting, nodes, selected)
+    effects = _add_logits(setting, nodes, selected)
     tell_masses(setting, circuit, selected)
     if verify:
         verify_edges(setting, circuit, selected, verify, min_coactivation)
     tell_kept_edges(setting, circuit, selected)
-    if cluster:
-        add_clusters(setting, circuit)
     tables = {str(one.interactions.pair): one.tables[COMPUTED] for one in selected}
     for panel in panels(tables, circuit):
         panel.add_to(circuit)
+    if cluster == "label":
+        label_clusters(setting, circuit)
+    elif cluster == "group":
+        group_latents(setting, circuit, effects, verify)
     if compare is not None:
         compare_sets(setting, circuit, folder, compare)
     circuit.graph["findings"] = setting.findings
@@ -149,8 +157,8 @@ def _warnings(setting: Setting) -> list[str]:
 def _method(setting: Setting) -> str:
     pairs = ", ".join(map(str, setting.found.pairs))
     return (
-        f"Jacobian x activation of dictionaries across {pairs}, over {setting.gathered.tokens} "
-        f"tokens; verified by taking latents out"
+        f"Jacobian x activation across {pairs}, {setting.gathered.tokens} tokens; verified by "
+        f"taking latents out"
     )
 
 
@@ -160,7 +168,7 @@ def _method(setting: Setting) -> str:
 def _select(gathered: Gathered, top: int | Literal["all"], least: int) -> list[Selected]:
     tables = []
     for one in gathered.interactions:
-        by = {COMPUTED: one.sums[COMPUTED].table(one.sums.get(MLP))}
+        by = {COMPUTED: one.sums[COMPUTED].table(one.sums.get(LOCAL))}
         tables.append(by | {SKIP: one.sums[SKIP].table()} if SKIP in one.sums else by)
     kept: list[dict[str, EdgeTable]] = [{} for _ in tables]
     for port in (COMPUTED, SKIP):
@@ -191,8 +199,11 @@ def _add_edges(nodes: Nodes, selected: Selected) -> None:
             nodes.circuit.add_effect(source, target, float(table.mean[row]), port=port, **data)
 
 
-def _add_logits(setting: Setting, nodes: Nodes, selected: Sequence[Selected]) -> None:
+def _add_logits(
+    setting: Setting, nodes: Nodes, selected: Sequence[Selected]
+) -> dict[Site, MetricEffects]:
     """Edges to the logits from those kept latents that no other pair of sites reads."""
+    found: dict[Site, MetricEffects] = {}
     model, circuit = setting.model, nodes.circuit
     circuit.add_component("logits", kind="logits", layer=model.n_layers)
     read = {one.interactions.pair.source for one in selected}
@@ -204,6 +215,7 @@ def _add_logits(setting: Setting, nodes: Nodes, selected: Sequence[Selected]) ->
         latents = sorted({int(i) for table in one.kept.values() for i in table.target})
         latents = [*latents, dictionary.n]
         effects = metric_effects(model, setting.pairs, site, dictionary, setting.batch_size)
+        found[site] = effects
         exact = removed_effects(model, setting.pairs, site, dictionary, latents, setting.batch_size)
         intervals = mean_intervals(effects.effects[:, latents].T)
         for latent, removed, interval in zip(latents, exact, intervals, strict=True):
@@ -215,3 +227,4 @@ def _add_logits(setting: Setting, nodes: Nodes, selected: Sequence[Selected]) ->
             if n:
                 score = float(effects.effects[:, latent].mean()) / effects.unit
                 circuit.add_effect(nodes.add(site, latent), "logits", score, **data)
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from circuitlab import Dictionary, Site, Tokens, track
 from circuitlab_feature_interactions.baselines import ica, k_means, pca, random_directions
 from circuitlab_feature_interactions.data import generator_of
-from circuitlab_feature_interactions.evaluating import measure
+from circuitlab_feature_interactions.evaluating import Measured, measure
+from circuitlab_feature_interactions.retraining import settings_of, train_again
 from circuitlab_feature_interactions.sites import sites_of
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def measure_controls(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What :func:`evaluating.measure` gives for baselines and for shuffled interactions.
+    """What :func:`evaluating.measure` finds of baselines and of shuffled interactions.
 
     Args:
         model: The model.
@@ -46,25 +48,24 @@ def measure_controls(
 
     Returns:
         ``random-directions``, ``pca``, ``ica`` with ``sites`` and ``pairs``; ``k-means`` with the
-        centred ``r2`` of each site, as its steps have no Jacobian; ``shuffled`` with ``pairs``.
+        centred ``r2`` of each site, as its steps have no Jacobian; ``shuffled`` with ``pairs``. Of
+        transcoders the last alone: the others rebuild what they read, not what an MLP makes of it.
 
     Raises:
         OptionError: there are too few tokens, or activations that do not vary.
     """
+    null = measure(model, own.pairs, own.dictionaries, batches, shuffled=generator_of(seed, 2))
+    shuffled = {"shuffled": {"pairs": null.summary()["pairs"]}}
+    if any(dictionary.transcoder for dictionary in own.dictionaries.values()):
+        return shuffled
     names = sites_of(own.pairs)
     fitted, judged = (_values(model, names, part) for part in (fitting, batches))
     active = {site: max(1, round(sites[str(site)]["l0"])) for site in names}
     generator = generator_of(seed, 1)
-    makers: dict[str, Callable[[Site], Dictionary]] = {
-        "random-directions": lambda site: random_directions(
-            fitted[site], own.dictionaries[site].n, active[site], generator
-        ),
-        "pca": lambda site: pca(fitted[site], active[site]),
-        "ica": lambda site: ica(fitted[site], active[site], generator),
+    told: dict[str, Any] = {
+        name: measure(model, own.pairs, made, batches).summary()
+        for name, made in _baselines(own, fitted, active, generator)
     }
-    told: dict[str, Any] = {}
-    for name, make in makers.items():
-        told[name] = measure(model, own.pairs, {site: make(site) for site in names}, batches)
     told["ica"]["caveat"] = ICA_CAVEAT
     told["k-means"] = {"sites": {}}
     for site in names:
@@ -75,9 +76,85 @@ def measure_controls(
             "clusters": n,
             "l0": active[site],
         }
-    null = measure(model, own.pairs, own.dictionaries, batches, shuffled=generator_of(seed, 2))
-    told["shuffled"] = {"pairs": null["pairs"]}
-    return told
+    return told | shuffled
+
+
+@torch.no_grad()
+def measure_baselines(
+    model: TracedModel,
+    own: DictionarySet,
+    batches: Sequence[Tokens],
+    fitting: Sequence[Tokens],
+    *,
+    seed: int = 0,
+) -> dict[str, Measured]:
+    """Random directions, PCA and ICA, with as many active latents as a set has, by name.
+
+    Args:
+        model: The model.
+        own: The set.
+        batches: Prompts to measure on.
+        fitting: Others, to which they are fitted.
+        seed: Of all that is drawn.
+
+    Returns:
+        Of transcoders none.
+
+    Raises:
+        OptionError: there are too few tokens, or activations that do not vary.
+    """
+    if any(dictionary.transcoder for dictionary in own.dictionaries.values()):
+        return {}
+    fitted = _values(model, sites_of(own.pairs), fitting)
+    active = {
+        site: max(1, round(float((own.dictionaries[site].encode(x) > 0).sum(1).double().mean())))
+        for site, x in fitted.items()
+    }
+    return {
+        name: measure(model, own.pairs, made, batches)
+        for name, made in _baselines(own, fitted, active, generator_of(seed, 1))
+    }
+
+
+def _baselines(
+    own: DictionarySet,
+    fitted: Mapping[Site, Tensor],
+    active: Mapping[Site, int],
+    generator: torch.Generator,
+) -> Iterator[tuple[str, dict[Site, Dictionary]]]:
+    """Name and dictionaries of each kind that can be traced."""
+    makers: dict[str, Callable[[Site], Dictionary]] = {
+        "random-directions": lambda site: random_directions(
+            fitted[site], own.dictionaries[site].n, active[site], generator
+        ),
+        "pca": lambda site: pca(fitted[site], active[site]),
+        "ica": lambda site: ica(fitted[site], active[site], generator),
+    }
+    for name, make in makers.items():
+        yield name, {site: make(site) for site in fitted}
+
+
+def measure_fresh(
+    model: TracedModel, own: DictionarySet, data: Path | None, batches: Sequence[Tokens]
+) -> Measured:
+    """Dictionaries trained alike, on the same texts, of the model with new weights; and on it.
+
+    What they show as well as the model's own comes from the architecture and the texts, not from
+    what the model has learned. Penalised ones are penalised here too.
+
+    Args:
+        model: The model.
+        own: The set whose settings and seed are taken; the seed is that of the weights too.
+        data: File of the texts it was trained on; None for the model's corpus.
+        batches: Prompts to measure on.
+
+    Raises:
+        ModelError: the model's family does not say how its weights begin.
+        OptionError: the set cannot be trained again.
+    """
+    fresh = model.reinitialised(settings_of(own).seed)
+    found = train_again(fresh, own, data)
+    return measure(fresh, found.pairs, found.dictionaries, batches)
 
 
 def centred_r2(x: Tensor, reconstruction: Tensor) -> float:

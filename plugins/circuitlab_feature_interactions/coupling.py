@@ -37,7 +37,7 @@ def couple(model: TracedModel, pair: Pair, settings: TrainSettings) -> Interacti
 
     Raises:
         ModelError: what lies between the sites cannot be computed from the weights.
-        SiteError: its MLP is not known as one linear map and a nonlinearity.
+        SiteError: an MLP's hidden layer is not told by the architecture.
     """
     route, measure = make_route(model, pair), penalty(settings.interaction)
 

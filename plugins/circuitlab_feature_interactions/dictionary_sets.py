@@ -17,7 +17,13 @@ from circuitlab import (
     read_dictionary,
     write_dictionary,
 )
-from circuitlab_feature_interactions.sites import Pair, make_pair, pair_to_json, sites_of
+from circuitlab_feature_interactions.sites import (
+    Pair,
+    make_pair,
+    pair_to_json,
+    sites_of,
+    written_by,
+)
 from circuitlab_feature_interactions.states import STATE, make_folder, write_whole
 
 if TYPE_CHECKING:
@@ -33,7 +39,7 @@ class DictionarySet:
     """Dictionaries that were trained together.
 
     Attributes:
-        dictionaries: One of each site, an autoencoder.
+        dictionaries: One of each site: an autoencoder, or a transcoder of what is read there.
         pairs: Sites with a part of the model between them.
         info: ``settings``, ``model``, ``history`` and ``statistics`` of the training, plain JSON.
         warnings: How the training differs from this use, one sentence each.
@@ -112,12 +118,12 @@ def read_set(
         )
     pairs = [_read_pair(found, model, folder) for found in _list(facts, "pairs", folder)]
     dictionaries, warnings = {}, []
-    for site in sites_of(pairs):
+    for site, written in written_by(pairs).items():
         dictionary = read_dictionary(folder / str(site), device=model.device)
-        if dictionary.info.reads != site or dictionary.transcoder:
-            raise ModelError(
-                f"'{folder / str(site)}' is no autoencoder of {site}; train the set again"
-            )
+        wanted = (site, written, written != site)
+        if (dictionary.info.reads, dictionary.info.writes, dictionary.transcoder) != wanted:
+            kind = "autoencoder of" if written == site else f"transcoder to {written} from"
+            raise ModelError(f"'{folder / str(site)}' is no {kind} {site}; train the set again")
         warnings += dictionary.check_for(model, use)
         dictionaries[site] = dictionary
     info = {key: value for key, value in facts.items() if key not in ("format", "pairs", "sites")}
@@ -127,7 +133,7 @@ def read_set(
 def _read_pair(found: Any, model: TracedModel, folder: Path) -> Pair:
     route = found.get("route") if isinstance(found, dict) else None
     layer = found.get("layer") if isinstance(found, dict) else None
-    if route not in ("mlp", "block") or type(layer) is not int:
+    if route not in ("mlp", "block", "transcoder") or type(layer) is not int:
         raise ModelError(f"'{folder / SET}' holds {found!r} among its pairs; train the set again")
     pair = make_pair(route, layer, model)
     if pair_to_json(pair) != found:

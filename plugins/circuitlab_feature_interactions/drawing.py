@@ -86,7 +86,8 @@ def edge_data(edges: EdgeTable, row: int, route: str) -> dict[str, Any]:
     """The statistics of an edge as plain JSON, without its score; what is not known is left out.
 
     Those of :class:`EdgeTable`, in its units. ``through_attention`` is all that is computed but for
-    what the MLP does with the source directly, all heads together.
+    what comes through no attention, all heads together; that is ``through_mlp`` across a block, and
+    ``direct``, from decoder row to encoder along the stream, between transcoders.
     """
     data: dict[str, Any] = {
         "route": route,
@@ -96,11 +97,11 @@ def edge_data(edges: EdgeTable, row: int, route: str) -> dict[str, Any]:
     }
     if bool(edges.linearity[row].isfinite()):
         data["linearity"] = float(edges.linearity[row])
-    if route == "block":
+    if route in ("block", "transcoder"):
         data["offset"] = float(edges.offset[row])
-    if bool(edges.mlp[row].isfinite()):
-        data["through_mlp"] = float(edges.mlp[row])
-        data["through_attention"] = float(edges.mean[row] - edges.mlp[row])
+    if bool(edges.local[row].isfinite()):
+        data["direct" if route == "transcoder" else "through_mlp"] = float(edges.local[row])
+        data["through_attention"] = float(edges.mean[row] - edges.local[row])
     return data
 
 

@@ -89,7 +89,7 @@ class EdgeTable:
         linearity: R² of the least-squares line from the source's activation to its contribution;
             NaN where one of the two does not vary.
         offset: Mean of the tokens from the source to the target, weighted by size.
-        mlp: Of the mean, what comes through the MLP alone; NaN where it was not told apart.
+        local: Of the mean, what comes through no attention; NaN where it was not told apart.
     """
 
     target: Tensor
@@ -100,7 +100,7 @@ class EdgeTable:
     sign_consistency: Tensor
     linearity: Tensor
     offset: Tensor
-    mlp: Tensor
+    local: Tensor
 
     def __len__(self) -> int:
         return len(self.target)
@@ -160,11 +160,11 @@ class EdgeSums:
         """Mean of each target latent where it is active, ``[n_target]``; 1 where it never was."""
         return torch.where(self.active > 0, self.total / self.active.clamp(min=1), 1.0)
 
-    def table(self, mlp: EdgeSums | None = None) -> EdgeTable:
+    def table(self, local: EdgeSums | None = None) -> EdgeTable:
         """The statistics of every pair that was ever active together.
 
         Args:
-            mlp: Sums of that part of the same attributions which comes through the MLP alone.
+            local: Sums of that part of the same attributions which comes through no attention.
         """
         n, r, size, positive, negative, z, zz, zr, rr, single, shifted = self._pairs.sums.unbind(1)
         target = self._pairs.keys // (self.n_source + 1)
@@ -182,7 +182,7 @@ class EdgeSums:
             agreeing / n,
             linearity,
             torch.where(single > 0, shifted / single.clamp(min=1e-300), 0.0),
-            torch.full_like(r, torch.nan) if mlp is None else self._mean_in(mlp, scale),
+            torch.full_like(r, torch.nan) if local is None else self._mean_in(local, scale),
         )
 
     def _mean_in(self, part: EdgeSums, scale: Tensor) -> Tensor:

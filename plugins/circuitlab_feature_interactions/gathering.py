@@ -12,7 +12,7 @@ from circuitlab import DictionaryStats, ModelError, OptionError, distinct_rows, 
 from circuitlab_feature_interactions.data import PromptStream, pad
 from circuitlab_feature_interactions.edges import EdgeSums, Events, SparseSums
 from circuitlab_feature_interactions.interactions import make_route
-from circuitlab_feature_interactions.sites import sites_of
+from circuitlab_feature_interactions.sites import sites_of, written_site
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 #: Seed of the data's order; dictionaries are trained on others.
 SEED = 1 << 20
 #: Parts of what a latent does to another; the first two are the ports of edges.
-COMPUTED, SKIP, MLP, TOTAL = "", "skip", "mlp", "total"
+COMPUTED, SKIP, LOCAL, TOTAL = "", "skip", "local", "total"
 #: Tokens of a pass, padding included, where no batch size is given.
 PASS = 1024
 
 
 class Activity:
-    """When latents of one site are active, and how well they reconstruct it.
+    """When latents of one site are active, and how well they reconstruct what they should.
 
     Args:
-        dictionary: Of the site.
+        dictionary: Of the site; a transcoder reconstructs another.
 
     Attributes:
         stats: Reconstruction, active latents per token, densities.
@@ -51,12 +51,27 @@ class Activity:
         self._tokens = SparseSums(2)
         self._vocab = 1
 
-    def add(self, dictionary: Dictionary, x: Tensor, tokens: Tokens, vocab_size: int) -> None:
-        """Add a batch of the site's values, ``[batch, pos, width]``."""
+    def add(
+        self,
+        dictionary: Dictionary,
+        x: Tensor,
+        tokens: Tokens,
+        vocab_size: int,
+        target: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            dictionary: Of the site.
+            x: The site's values, ``[batch, pos, width]``.
+            tokens: Where they are of.
+            vocab_size: Of the model.
+            target: What a transcoder should write there, ``[batch, pos, d_out]``; None for ``x``.
+        """
         self._vocab = vocab_size
         index, values = dictionary.active(x)
-        written = dictionary.decode_active(index, values)
-        self.stats.add(x, (index, values), written, mask=tokens.mask)
+        written = dictionary.decode_active(index, values, x)
+        self.stats.add(x if target is None else target, (index, values), written, mask=tokens.mask)
         where = tokens.mask[..., None] & (values != 0)
         latents, sizes = index[where], values[where].double()
         ids = tokens.ids[..., None].expand_as(index)[where]
@@ -88,9 +103,9 @@ class Interactions:
 
     Attributes:
         pair: The sites.
-        sums: By part: :data:`COMPUTED`; for blocks also :data:`SKIP`, what the residual stream
-            carries, :data:`MLP`, what is computed by the MLP alone, and :data:`TOTAL`, computed and
-            carried.
+        sums: By part: :data:`COMPUTED`; for blocks and transcoders also :data:`LOCAL`, what of it
+            comes through no attention; for blocks :data:`SKIP`, what the residual stream carries,
+            and :data:`TOTAL`, computed and carried.
     """
 
     pair: Pair
@@ -179,13 +194,14 @@ def gather(
         batches: Prompts.
     """
     sites = sites_of(pairs)
+    written = {site: written_site(site, dictionaries[site]) for site in sites}
     activity = {site: Activity(dictionaries[site]) for site in sites}
     found = [Interactions(pair) for pair in pairs]
     routes = [make_route(model, p, dtype=dictionaries[p.source].W_e.dtype) for p in pairs]
     for tokens in track(batches, "attributing latents"):
-        run = model.run(tokens, read=sites, logits="none")
-        for site in sites:
-            activity[site].add(dictionaries[site], run[site], tokens, model.vocab_size)
+        run = model.run(tokens, read=[*sites, *written.values()], logits="none")
+        for site, target in written.items():
+            activity[site].add(dictionaries[site], run[site], tokens, model.vocab_size, run[target])
         for interactions, route in zip(found, routes, strict=True):
             _add(interactions, route, dictionaries, run)
     return Gathered(activity, found, sum(int(tokens.mask.sum()) for tokens in batches))
@@ -198,16 +214,27 @@ def _add(
     pair, sums = interactions.pair, interactions.sums
     source, target = dictionaries[pair.source], dictionaries[pair.target]
     found = route.attributions(source, target, run[pair.source], mask=run.mask, with_error=True)
-    parts = {COMPUTED: _events(found, found.values, None, run.mask.shape[1])}
-    if found.skip is not None and found.mlp is not None:
-        for name, values in ((SKIP, found.skip), (MLP, found.mlp)):
-            parts[name] = _events(found, values, found.own, run.mask.shape[1])
-        parts[TOTAL] = parts[COMPUTED].joined(parts[SKIP])
-    for name, events in parts.items():
+    for name, events in events_by_part(found, run.mask.shape[1]).items():
         if name not in sums:
             sums[name] = EdgeSums(source.n, target.n)
         sums[name].add(events)
         sums[name].add_targets(found.target_index, found.z_target)
+
+
+def events_by_part(found: Attributions, n_positions: int) -> dict[str, Events]:
+    """Attributions between active latents, by the parts of :class:`Interactions`.
+
+    Args:
+        found: All attributions of a batch.
+        n_positions: Of the batch.
+    """
+    parts = {COMPUTED: _events(found, found.values, None, n_positions)}
+    for name, values in ((LOCAL, found.local), (SKIP, found.skip)):
+        if values is not None:
+            parts[name] = _events(found, values, found.own, n_positions)
+    if SKIP in parts:
+        parts[TOTAL] = parts[COMPUTED].joined(parts[SKIP])
+    return parts
 
 
 def _events(

@@ -10,6 +10,7 @@ from circuitlab import ModelError, Tokens
 from circuitlab_feature_interactions.attributions import Attributions
 from circuitlab_feature_interactions.block_route import BlockRoute
 from circuitlab_feature_interactions.mlp_route import MlpRoute
+from circuitlab_feature_interactions.transcoder_route import TranscoderRoute
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Attributions", "Route", "make_route"]
 
-Route = MlpRoute | BlockRoute
+Route = MlpRoute | BlockRoute | TranscoderRoute
+
+_ROUTES: dict[str, type[MlpRoute] | type[BlockRoute] | type[TranscoderRoute]] = {
+    "mlp": MlpRoute,
+    "block": BlockRoute,
+    "transcoder": TranscoderRoute,
+}
 
 #: Largest difference to what the model itself computes, as a share of its largest number.
 TOLERANCE = 1e-5
@@ -35,11 +42,10 @@ def make_route(model: TracedModel, pair: Pair, *, dtype: torch.dtype | None = No
 
     Raises:
         ModelError: the route does not compute what the model does, or a norm cannot be folded.
-        SiteError: the MLP is not known as one linear map and a nonlinearity.
+        SiteError: an MLP's hidden layer is not told by the architecture.
     """
     dtype = dtype or torch.promote_types(model.dtype, torch.float32)
-    kind = MlpRoute if pair.route == "mlp" else BlockRoute
-    route = kind(model, pair.layer, dtype)
+    route = _ROUTES[pair.route](model, pair.layer, dtype)
     _check(model, pair, route)
     return route
 

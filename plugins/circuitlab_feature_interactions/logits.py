@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from circuitlab import choose_batch_size, track
+from circuitlab_feature_interactions.sites import written_site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ class MetricEffects:
     """What latents of a site add to the metric on clean prompts.
 
     Attributes:
-        site: Where.
+        site: Where the latents are read.
         effects: Gradient times activation, summed over positions, of each pair and latent, the
             error last: ``[n_pairs, n + 1]``, float64, in the metric's unit; positive raises it.
         active: Whether a latent is active anywhere, same shape, bool.
@@ -46,7 +47,11 @@ def metric_effects(
     dictionary: Dictionary,
     batch_size: int | None = None,
 ) -> MetricEffects:
-    """Gradient times activation of every latent of a site, through the rest of the model."""
+    """Gradient times activation of every latent of a site, through the rest of the model.
+
+    The gradient is taken where the dictionary writes: of a transcoder at the MLP's output.
+    """
+    out = written_site(site, dictionary)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in track([*_batches(model, pairs, batch_size)], "attributing to logits"):
         metrics: list[Tensor] = []
@@ -57,8 +62,9 @@ def metric_effects(
             kept.append(batch.score(logits, logits.detach()))
             return kept[0]
 
-        run = model.run(batch.clean, read=[site], gradient_of=metric, gradient_at=[site])
-        parts.append((*_effects(dictionary, run[site], run.gradient(site), run.mask), metrics[0]))
+        run = model.run(batch.clean, read=[site, out], gradient_of=metric, gradient_at=[out])
+        found = _effects(dictionary, run[site], run[out], run.gradient(out), run.mask)
+        parts.append((*found, metrics[0]))
     effects, active, scores = zip(*parts, strict=True)
     metric_values = torch.cat([score.detach().double().cpu() for score in scores])
     return MetricEffects(site, torch.cat(effects), torch.cat(active), metric_values)
@@ -66,7 +72,7 @@ def metric_effects(
 
 @torch.no_grad()
 def _effects(
-    dictionary: Dictionary, x: Tensor, gradient: Tensor, mask: Tensor
+    dictionary: Dictionary, x: Tensor, target: Tensor, gradient: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     index, values = dictionary.active(x)
     values = (values * mask[..., None]).double()
@@ -75,7 +81,8 @@ def _effects(
     active, latents = torch.zeros_like(found), index.flatten(1)
     found.scatter_add_(1, latents, (slopes.gather(2, index) * values).flatten(1))
     active.scatter_add_(1, latents, (values != 0).double().flatten(1))
-    found[:, -1] = ((dictionary.error(x) * gradient).double().sum(-1) * mask).sum(1)
+    error = dictionary.error(x, target)
+    found[:, -1] = ((error * gradient).double().sum(-1) * mask).sum(1)
     active[:, -1] = 1
     return found.cpu(), active.cpu() > 0
 
@@ -94,18 +101,32 @@ def removed_effects(
     Float64; positive: the latent raises the metric. The number after the last latent stands for
     the error.
     """
+    alone = [(latent,) for latent in latents]
+    return removed_groups(model, pairs, site, dictionary, alone, batch_size)
+
+
+@torch.no_grad()
+def removed_groups(
+    model: TracedModel,
+    pairs: EncodedTask,
+    site: Site,
+    dictionary: Dictionary,
+    groups: Sequence[Sequence[int]],
+    batch_size: int | None = None,
+) -> Tensor:
+    """The same of latents that are taken out together, ``[n_groups, n_pairs]``."""
     columns: list[Tensor] = []
+    out = written_site(site, dictionary)
     for batch in track([*_batches(model, pairs, batch_size)], "taking latents out"):
-        run = model.run(batch.clean, read=[site])
+        run = model.run(batch.clean, read=[site, out])
         x, reference = run[site], run.logits[:, -1]
         clean, z = batch.score(reference, reference), dictionary.encode(x)
         rows = []
-        for latent in latents:
-            if latent == dictionary.n:
-                changed = dictionary.decode(z)
-            else:
-                changed = x - z[..., latent, None] * dictionary.W_d[latent]
-            logits = model.run(batch.clean, write={site: changed}).logits[:, -1]
+        for group in groups:
+            latents = [latent for latent in group if latent != dictionary.n]
+            base = run[out] if len(latents) == len(group) else dictionary.decode(z, x)
+            changed = base - z[..., latents] @ dictionary.W_d[latents]
+            logits = model.run(batch.clean, write={out: changed}).logits[:, -1]
             rows.append((clean - batch.score(logits, reference)).double().cpu())
         columns.append(torch.stack(rows) if rows else torch.zeros(0, len(batch)).double())
     return torch.cat(columns, 1)

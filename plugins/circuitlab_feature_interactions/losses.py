@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from circuitlab import Dictionary, ModelError, Site
+from circuitlab import Dictionary, ModelError, OptionError, Site
 from circuitlab_feature_interactions.settings import TrainSettings
 
 #: Threshold of ``jumprelu`` at the beginning, and width of its estimator's window, in units of the
 #: size of a latent when all of a token's variance is in ``k`` of them.
 THRESHOLD, BANDWIDTH = 0.3, 0.3
+#: Of the mean variance of what a transcoder reads, added where it is divided by.
+RIDGE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +107,77 @@ def begin_dictionary(
     )
 
 
-def site_loss(dictionary: Dictionary, x: Tensor, moments: Moments, sparsity: float) -> SiteLoss:
+@torch.no_grad()
+def begin_transcoder(
+    settings: TrainSettings,
+    read: Tensor,
+    written: Tensor,
+    moments: Moments,
+    generator: torch.Generator,
+) -> Dictionary:
+    """A transcoder of random directions: a latent reads what its decoder row would be guessed from.
+
+    The guess is the best linear one of what is written from what is read; an encoder column is a
+    decoder row taken back through it, made as long as all others. Biases take the mean of what is
+    read off, and add the mean of what is written.
+
+    Args:
+        settings: Its ``arch`` is not ``gated``.
+        read: What it reads, ``[n, d_in]``.
+        written: What it should write there, ``[n, d_out]``.
+        moments: Of what it should write.
+        generator: For the directions.
+
+    Raises:
+        OptionError: ``k`` and the expansion do not fit the width; or ``arch`` is ``gated``.
+    """
+    check_transcoder(settings)
+    plain = begin_dictionary(settings, moments, generator)
+    mean = read.double().mean(0)
+    x, y = read.double() - mean, written.double() - moments.mean
+    covariance = x.T @ x / len(x)
+    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(mean)).to(covariance)
+    guess = torch.linalg.solve(covariance + ridge, x.T @ y / len(x))
+    columns = functional.normalize(guess @ plain.W_d.double().T, dim=0)
+    # Latents as large as those of an autoencoder of what is written.
+    columns = columns * moments.unit / float(covariance.diagonal().mean().sqrt())
+    return Dictionary(
+        columns.to(plain.W_e),
+        (-mean @ columns).to(plain.W_e),
+        plain.W_d,
+        plain.b_d,
+        apply_b_dec_to_input=False,
+        transcoder=True,
+        k=plain.k,
+        threshold=plain.threshold,
+        bandwidth=plain.bandwidth,
+    )
+
+
+def check_transcoder(settings: TrainSettings) -> None:
+    """Refuse settings of which there is no transcoder.
+
+    Raises:
+        OptionError: ``arch`` is ``gated``.
+    """
+    if settings.arch == "gated":
+        raise OptionError(
+            "gated transcoders are not trained: their gate learns by giving back what it reads; "
+            "use --arch topk, relu or jumprelu"
+        )
+
+
+def site_loss(
+    dictionary: Dictionary,
+    x: Tensor,
+    moments: Moments,
+    sparsity: float,
+    target: Tensor | None = None,
+) -> SiteLoss:
     """The loss of a dictionary at the tokens ``x``, ``[n, width]``.
+
+    ``target``, of a transcoder, is what it should write there, ``[n, d_out]``; else it is ``x``.
+    ``moments`` are the target's.
 
     The mean squared error over the spread, and, times ``sparsity``: for ``relu`` the mean L1 norm
     of the latents over the root of the spread; for ``jumprelu`` the number of active latents; for
@@ -116,7 +187,7 @@ def site_loss(dictionary: Dictionary, x: Tensor, moments: Moments, sparsity: flo
     """
     pre = dictionary.pre(x)
     z = dictionary.activate(pre)
-    error = x.to(z.dtype) - dictionary.decode(z)
+    error = (x if target is None else target).to(z.dtype) - dictionary.decode(z, x)
     missed = error.square().sum(1).mean() / moments.spread
     total = missed
     if dictionary.nonlinearity == "relu":

@@ -2,7 +2,7 @@
 
 The function of the latents is ``encode(MLP(norm(decode(z))))``. Only active latents have a
 derivative, so the Jacobian is a small block per token, in closed form: Farnik et al. 2025
-(arXiv:2502.18147), here with the norm.
+(arXiv:2502.18147), here with the norm, and with the gate of a gated MLP.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MlpRoute:
     """Through the MLP of one layer, token by token.
 
     Raises:
-        SiteError: its hidden layer is not one linear map and a nonlinearity.
+        SiteError: its hidden layer is not told by the architecture.
         ModelError: its norm is none that can be folded.
     """
 
@@ -86,7 +86,7 @@ class MlpRoute:
         chosen, scale = sample_rows(every, rows, generator)
 
         back = gather_product(target.W_e.T, chosen.index, self.mlp.w_out_back)
-        back = back * encoder_gain(target, chosen)[..., None] * state.slope[:, None, :]
+        back = state.at_maps(back * encoder_gain(target, chosen)[..., None])
         ahead = gather_product(source.W_d, index, self.mlp.w_in)
         directions = functional.embedding(index, source.W_d)
         if error is not None:

@@ -23,12 +23,14 @@ def resample(
     moments: Moments,
     k: int,
     generator: torch.Generator,
+    read: tuple[Tensor, Tensor] | None = None,
 ) -> int:
     """Point dead latents at errors of the reconstruction, as Bricken et al. 2023 do.
 
     Tokens are drawn with probability proportional to their squared error, each once; the error's
-    direction becomes decoder row and, scaled, encoder column. Biases are 0, and Adam forgets what
-    it knew of these latents.
+    direction becomes decoder row and, scaled, encoder column; a transcoder's encoder column is what
+    was read there, less its mean. Biases are 0, or take that mean off, and Adam forgets what it
+    knew of these latents.
 
     Args:
         dictionary: Changed in place.
@@ -38,6 +40,7 @@ def resample(
         moments: Of the site.
         k: Latents that share a token's variance, for the threshold.
         generator: On the CPU.
+        read: Of a transcoder what it read, ``[tokens, d_in]``, and the mean of that, ``[d_in]``.
 
     Returns:
         How many were changed: the dead, or fewer if there are not so many tokens with an error.
@@ -53,11 +56,14 @@ def resample(
     norms = dictionary.W_e.norm(dim=0)
     size = _SIZE[dictionary.nonlinearity] * (float(norms[alive].mean()) if alive.any() else 1.0)
     dictionary.W_d[chosen] = rows
-    dictionary.W_e[:, chosen] = size * rows.T
+    columns = rows if read is None else functional.normalize(read[0][drawn] - read[1], dim=1)
+    dictionary.W_e[:, chosen] = size * columns.T
     changed = {"b_e": 0.0, "r_mag": 0.0, "b_mag": 0.0, "threshold": THRESHOLD * moments.latent(k)}
     for name, value in changed.items():
         if (tensor := getattr(dictionary, name)) is not None:
             tensor[chosen] = value
+    if read is not None:
+        dictionary.b_e[chosen] = -read[1] @ dictionary.W_e[:, chosen]
     for name, parameter in dictionary.named_parameters():
         if name == "b_d":
             continue

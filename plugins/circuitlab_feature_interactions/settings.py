@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from circuitlab import OptionError
+from circuitlab_feature_interactions.steering import Steering
 
 Arch = Literal["topk", "relu", "jumprelu", "gated"]
 InteractionKind = Literal["none", "l1", "l1l2", "hoyer", "log", "group"]
@@ -17,8 +18,9 @@ InteractionKind = Literal["none", "l1", "l1l2", "hoyer", "log", "group"]
 #: Weight of the sparsity term where none is given.
 SPARSITY = {"topk": 0.0, "relu": 0.1, "jumprelu": 0.006, "gated": 0.25}
 _SAMPLED = re.compile(r"(rows|tokens):([1-9]\d{0,8})")
-#: Of all steps: until the learning rate is full, and from when on it falls.
-RISE, FALL = 0.01, 0.8
+#: Of all steps: until the learning rate is full, from when on it falls, and until when the weight of
+#: the sparsity term is steered.
+RISE, FALL, STEERED = 0.01, 0.8, 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +123,11 @@ class TrainSettings:
         """Whether interactions weigh anything."""
         return self.interaction != "none" and self.strength > 0
 
-    @property
-    def sparsity_weight(self) -> float:
-        """Weight of the sparsity term."""
-        return SPARSITY[self.arch] if self.sparsity is None else self.sparsity
+    def steering(self) -> Steering:
+        """The weight of a dictionary's sparsity term at the beginning."""
+        if self.sparsity is not None:
+            return Steering(self.sparsity, None)
+        return Steering(SPARSITY[self.arch], None if self.arch == "topk" else self.k)
 
     def n_latents(self, width: int) -> int:
         """Latents of a dictionary of a site of this width.

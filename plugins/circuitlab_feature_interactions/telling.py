@@ -1,4 +1,4 @@
-"""What is said of a feature circuit: masses, ablations, loss, clusters, other dictionaries."""
+"""What is said of a feature circuit: masses, ablations, loss, other dictionaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from circuitlab_feature_interactions.ablations import (
     exact_effects,
     sample_edges,
 )
-from circuitlab_feature_interactions.clusters import CoActivation, communities
 from circuitlab_feature_interactions.dictionary_sets import SET, DictionarySet, read_set
 from circuitlab_feature_interactions.drawing import (
     Compared,
@@ -29,7 +28,7 @@ from circuitlab_feature_interactions.drawing import (
 from circuitlab_feature_interactions.gathering import COMPUTED, Gathered, Interactions, gather
 
 if TYPE_CHECKING:
-    from circuitlab import CircuitGraph, EncodedTask, Interval, Site, Tokens, TracedModel
+    from circuitlab import CircuitGraph, EncodedTask, Interval, Tokens, TracedModel
     from circuitlab_feature_interactions.edges import EdgeTable
 
 #: Prompts on which the kept edges alone are run.
@@ -204,32 +203,6 @@ def _said(one: Recovery) -> str:
 def _with_ends(value: float, interval: Interval | None) -> dict[str, float]:
     ends = {} if interval is None else {"lo": interval[0], "hi": interval[1]}
     return {"value": value, **ends}
-
-
-def add_clusters(setting: Setting, circuit: CircuitGraph) -> None:
-    """Put ``cluster`` on the latents of a circuit: those of one number are active together."""
-    sites = {str(site): site for site in setting.found.dictionaries}
-    chosen: list[tuple[str, Site, int]] = [
-        (name, sites[data["site"]], data["index"])
-        for name, data in circuit.nodes(data=True)
-        if data["kind"] == "feature"
-    ]
-    counts = CoActivation(len(chosen))
-    for tokens in setting.batches:
-        run = setting.model.run(tokens, read=list(sites.values()), logits="none")
-        active = torch.zeros(*tokens.mask.shape, len(chosen), dtype=torch.bool)
-        for site in sites.values():
-            columns = [n for n, (_, other, _) in enumerate(chosen) if other == site]
-            latents = [chosen[n][2] for n in columns]
-            z = setting.found.dictionaries[site].encode(run[site])
-            active[..., columns] = (z[..., latents] != 0).cpu()
-        counts.add(active[tokens.mask.cpu()])
-    groups = communities(counts.phi())
-    for (name, _, _), group in zip(chosen, groups, strict=True):
-        circuit.nodes[name]["cluster"] = group
-    setting.findings["clusters"] = (
-        f"{len(set(groups))} of {len(groups)} latents, by Louvain on phi of being active"
-    )
 
 
 def compare_sets(setting: Setting, circuit: CircuitGraph, own: Path, folder: Path) -> None:

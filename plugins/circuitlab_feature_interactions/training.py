@@ -30,10 +30,17 @@ from circuitlab_feature_interactions.dictionary_sets import (
     write_set,
 )
 from circuitlab_feature_interactions.learners import Learner
-from circuitlab_feature_interactions.losses import Moments, SiteLoss, begin_dictionary, site_loss
+from circuitlab_feature_interactions.losses import (
+    Moments,
+    SiteLoss,
+    begin_dictionary,
+    begin_transcoder,
+    check_transcoder,
+    site_loss,
+)
 from circuitlab_feature_interactions.resampling import resample
-from circuitlab_feature_interactions.settings import FALL, TrainSettings, differences
-from circuitlab_feature_interactions.sites import Pair, site_pairs, sites_of
+from circuitlab_feature_interactions.settings import FALL, STEERED, TrainSettings, differences
+from circuitlab_feature_interactions.sites import Pair, site_pairs, written_by
 from circuitlab_feature_interactions.states import STATE, locked, read_state, write_state
 
 if TYPE_CHECKING:
@@ -64,8 +71,8 @@ class Trainer:
         learners: Of each site.
         done: Number of steps done.
         place: Where the next batch is.
-        history: Lists of equal length: ``step``, of each site its ``r2`` and ``l0`` at that step's
-            tokens before the step, of each pair its interactions.
+        history: Lists of equal length: ``step``, of each site its ``r2`` (of what its dictionary
+            writes) and ``l0`` at that step's tokens before the step, of each pair its interactions.
     """
 
     settings: TrainSettings
@@ -86,12 +93,18 @@ class Trainer:
     ) -> Trainer:
         """A trainer that has done nothing; means and spreads are those of the first batches."""
         first, learners = _first_tokens(source), {}
-        for number, site in enumerate(sites_of(pairs)):
-            moments = Moments.of(first[site], site)
-            dictionary = begin_dictionary(
-                settings, moments, generator_of(settings.seed, -1, number)
-            )
-            learners[site] = Learner.of(dictionary, moments, settings.rate_of(dictionary.n))
+        for number, (site, target) in enumerate(written_by(pairs).items()):
+            moments, read = Moments.of(first[target], target), None
+            generator = generator_of(settings.seed, -1, number)
+            if target == site:
+                dictionary = begin_dictionary(settings, moments, generator)
+            else:
+                read = Moments.of(first[site], site)
+                dictionary = begin_transcoder(
+                    settings, first[site], first[target], moments, generator
+                )
+            rate, sparsity = settings.rate_of(dictionary.n), settings.steering()
+            learners[site] = Learner.of(dictionary, moments, rate, sparsity, read)
         return cls(settings, pairs, interactions, learners)
 
     def steps(self, source: ActivationSource) -> Iterator[int]:
@@ -110,15 +123,21 @@ class Trainer:
                 return
 
     def _step(self, batch: Batch) -> None:
-        step, settings = self.done, self.settings
+        step, settings, written = self.done, self.settings, written_by(self.pairs)
         losses = {
             site: site_loss(
-                learner.dictionary, batch.flat(site), learner.moments, settings.sparsity_weight
+                learner.dictionary,
+                batch.flat(site),
+                learner.moments,
+                learner.sparsity.weight,
+                batch.flat(written[site]) if learner.read else None,
             )
             for site, learner in self.learners.items()
         }
         for site, learner in self.learners.items():
             learner.note(losses[site].z)
+            if step < STEERED * settings.steps:
+                learner.sparsity.note(losses[site].l0)
         penalties = self._penalties(batch) if self.interactions else {}
         total = torch.stack([loss.total for loss in losses.values()]).sum()
         if penalties:
@@ -134,7 +153,7 @@ class Trainer:
         total.backward()  # type: ignore[no-untyped-call]  # torch's own
         for learner in self.learners.values():
             learner.step(settings.rate_share(step))
-        self._resample(step, losses)
+        self._resample(step, losses, batch)
         if step % max(1, settings.steps // POINTS) == 0 or step + 1 == settings.steps:
             self._record(step, losses, penalties)
 
@@ -151,7 +170,7 @@ class Trainer:
             )
         return found
 
-    def _resample(self, step: int, losses: Mapping[Site, SiteLoss]) -> None:
+    def _resample(self, step: int, losses: Mapping[Site, SiteLoss], batch: Batch) -> None:
         settings = self.settings
         every = max(25, round(RESAMPLED * settings.steps))
         if (step + 1) % every or step + 1 > FALL * settings.steps:
@@ -168,6 +187,7 @@ class Trainer:
                     learner.moments,
                     settings.k,
                     generator_of(settings.seed, step, -2, number),
+                    (batch.flat(site), learner.read.mean) if learner.read else None,
                 )
                 learner.silent[dead] = 0
 
@@ -175,8 +195,11 @@ class Trainer:
         self, step: int, losses: Mapping[Site, SiteLoss], penalties: Mapping[Pair, Tensor]
     ) -> None:
         values: dict[str, float] = {"step": float(step)}
+        settings = self.settings
         for site, loss in losses.items():
             values |= {f"r2 {site}": 1 - loss.missed, f"l0 {site}": loss.l0}
+            if settings.arch != "topk":
+                values[f"sparsity {site}"] = self.learners[site].sparsity.weight
         for pair, penalty in penalties.items():
             values[f"interactions {pair}"] = float(penalty.detach())
         for name, value in values.items():
@@ -209,6 +232,12 @@ class Trainer:
         self.history = {name: list(values) for name, values in facts["history"].items()}
 
 
+def _activations(pairs: Sequence[Pair]) -> list[Site]:
+    """All sites that dictionaries of the pairs read or write, in the order of execution."""
+    written = written_by(pairs)
+    return sorted({*written, *written.values()})
+
+
 def _first_tokens(source: ActivationSource) -> dict[Site, Tensor]:
     """Values of each site at the first prompts, ``[n, width]``."""
     batches: list[Batch] = []
@@ -238,8 +267,8 @@ def train(
         coupled: Gives the interactions of a pair.
 
     Raises:
-        OptionError: a setting does not fit, the folder is in use, or it holds a training of other
-            settings; those that differ are named.
+        OptionError: a setting does not fit, there is no transcoder of that architecture, the folder
+            is in use, or it holds a training of other settings; those that differ are named.
         SiteError: the model has no such layer.
         TaskError: a text cannot be read.
         ModelError: the model has no corpus, its activations do not vary, or a file is damaged.
@@ -249,9 +278,11 @@ def train(
     pairs = site_pairs(settings.sites, model)
     stream = PromptStream(model, settings.data, settings.context_length, settings.seed)
     settings.n_latents(model.d_model)  # refused before anything is run
-    whole = any(pair.route == "block" for pair in pairs)
+    if any(pair.route == "transcoder" for pair in pairs):
+        check_transcoder(settings)
+    whole = any(pair.route != "mlp" for pair in pairs)
     source = ActivationSource(
-        model, stream, sites_of(pairs), settings.batch_tokens, whole=whole, seed=settings.seed
+        model, stream, _activations(pairs), settings.batch_tokens, whole=whole, seed=settings.seed
     )
     about = _about(model, settings, stream)
     with locked(folder):
@@ -295,11 +326,12 @@ def _finish(
     about: Mapping[str, Any],
 ) -> DictionarySet:
     """Measure the dictionaries, write the set, and take the state away."""
-    dictionaries = {}
+    dictionaries, written = {}, written_by(trainer.pairs)
     for site, learner in trainer.learners.items():
         dictionary = learner.dictionary.requires_grad_(False)
         dictionary.info = DictionaryInfo(
             site=str(site),
+            target=str(written[site]) if dictionary.transcoder else None,
             model=model.name,
             revision=model.revision,
             training={"trainer": "circuitlab dict train", "settings": dict(about)},
@@ -332,13 +364,18 @@ def measure(
     trained = settings.steps * settings.batch_tokens
     # A prompt has a token or more, so the last mix ends before this one.
     first = trainer.place.prompt + MIXED * settings.batch_tokens
-    source = ActivationSource(model, stream, list(dictionaries), CHECK_BATCH, whole=True)
+    written = written_by(trainer.pairs)
+    source = ActivationSource(model, stream, _activations(trainer.pairs), CHECK_BATCH, whole=True)
     stats = {site: DictionaryStats(dictionary.n) for site, dictionary in dictionaries.items()}
     for batch, _ in source.batches(Place(first)):
         for site, dictionary in dictionaries.items():
-            x = batch.values[site]
+            x, target = batch.values[site], batch.values[written[site]]
             stats[site].add(
-                x, dictionary.active(x), dictionary(x), positions=batch.positions, mask=batch.mask
+                target,
+                dictionary.active(x),
+                dictionary(x),
+                positions=batch.positions,
+                mask=batch.mask,
             )
         if min(stat.tokens for stat in stats.values()) >= min(CHECK, max(1, trained // 10)):
             break

@@ -20,6 +20,7 @@ from circuitlab import (
     ModelError,
     QualityError,
     Site,
+    SiteError,
     TracedModel,
     build_circuit,
     edge_effects,
@@ -192,6 +193,31 @@ def test_folded_outputs_are_what_attention_writes(name: str) -> None:
         if name in ("gpt2", "gpt2-by-layer", "gpt2-unscaled", "neox", "neox-sequential"):
             expected = expected - expected.mean(-1, keepdim=True)
         assert apart(found, expected) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-no-norms", "llama", "qwen2", "gemma"])
+def test_folded_mlps_are_what_the_model_computes(name: str) -> None:
+    """A stream over its norm's scale, through both maps, the gate and the nonlinearity."""
+    made = MODULES.get(name, lambda: random_module(name, dtype=torch.float64))
+    module: Any = made()
+    model = unchecked(module)
+    a = model.architecture
+    with watching(module) as kept:
+        module(IDS)
+    for layer in range(a.n_layers):
+        weights = model.weights.mlp(layer, torch.float64)
+        assert (weights.gate is None) == name.startswith("gpt2")
+        stream = kept[a.block(layer, a.mlp_norm)][0]
+        found = weights(stream / model.weights.norm_scale(layer, stream))
+        limit = EXACT if name.startswith("gpt2") else NORM32
+        assert apart(found, kept[a.block(layer, a.mlp)][1]) < limit
+
+
+def test_unnamed_mlps_are_refused() -> None:
+    """Where the family does not say what the hidden layer is, the message names what to set."""
+    with pytest.raises(SiteError, match=r"mlp_input_projection.*mlp_gate_projection"):
+        family_model("neox").weights.mlp(0)
 
 
 @pytest.mark.parametrize("name", MODULES)

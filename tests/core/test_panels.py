@@ -20,6 +20,7 @@ from circuitlab import (
     GraphError,
     Heatmap,
     Histogram,
+    Image,
     Panel,
     Point,
     Scatter,
@@ -62,6 +63,13 @@ MAKE: dict[str, Callable[..., Any]] = {
     ),
     "table": lambda **given: TextTable(
         **{"title": "t", "header": ["a", "b"], "rows": [["x", 1], ["y", 2.5]], **given}
+    ),
+    "image": lambda **given: Image(
+        **{
+            "title": "t", "x": [0, 1], "y": [-1, 0.5], "x_label": "x", "y_label": "y",
+            "pixels": [[[0, 0, 0.25], [1, 0, 0]], [[0, 1, 0], [0.5, 0.5, 0.5]]],
+            "points": [Point(name="p", x=1, y=-0.5)], **given,
+        }
     ),
 }  # fmt: skip
 
@@ -184,6 +192,15 @@ def test_numbers_of_other_libraries_become_plain() -> None:
         ("table", {"rows": []}, "it has no cells"),
         ("table", {"rows": [["x"]]}, "rows has a row of 1, not 2"),
         ("table", {"rows": [["x", None]]}, "rows has a NoneType where a number must be"),
+        ("image", {"x": [0]}, "it has no plane; give at least two places"),
+        ("image", {"y": [1, 1]}, "y does not rise; sort it"),
+        ("image", {"pixels": [[[0, 0, 0]] * 2]}, "pixels has 1 rows, not 2"),
+        ("image", {"pixels": [[[0, 0, 0]]] * 2}, "pixels has a row of 1, not 2"),
+        ("image", {"pixels": [[[0, 0]] * 2] * 2}, "a pixel is no colour"),
+        ("image", {"pixels": [[[0, 0, 1.5]] * 2] * 2}, "a pixel is no colour"),
+        ("image", {"pixels": [[[0, 0, -0.5]] * 2] * 2}, "a pixel is no colour"),
+        ("image", {"pixels": [[[0, 0, None]] * 2] * 2}, "NoneType where a number must be"),
+        ("image", {"channels": ["a", "b"]}, "channels has 2 names; name red, green and blue"),
     ],
 )  # fmt: skip
 def test_refused(kind: str, given: dict[str, Any], said: str) -> None:

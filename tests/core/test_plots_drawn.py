@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from plot_samples import (
     BARS,
     CURVES,
     HEATMAP,
     HISTOGRAM,
+    IMAGE,
     TABLE,
     UPSET,
     axes_of,
@@ -23,7 +25,7 @@ from plot_samples import (
     shown,
 )
 
-from circuitlab import Curve, Curves, Heatmap, Histogram
+from circuitlab import Curve, Curves, Heatmap, Histogram, Image
 from circuitlab.plots import plot
 from circuitlab.plots.histogram import bins, counts
 
@@ -179,6 +181,17 @@ def test_curves_apart_share_their_axes() -> None:
     assert not [1 for box, other in combinations(boxes, 2) if box.overlaps(other)]
 
 
+def test_a_value_alone_is_seen() -> None:
+    """A value between two that are missing gets a dot; a curve that only begins late gets none."""
+    x = [float(i) for i in range(60)]
+    late = Curve(name="late", mean=[None if i < 20 else i for i in x])
+    alone = Curve(name="alone", mean=[1.0 if i == 30 else None for i in x])
+    panel = Curves(title="t", x=x, x_label="x", y_label="y", curves=[late, alone])
+    (axes,) = axes_of(compose(panel))
+    markers = [line.get_marker() for line in axes.lines if len(line.get_xdata()) == 60]
+    assert markers == ["None", "o"]
+
+
 # --- bars, histograms, tables ---------------------------------------------------------------------
 
 
@@ -261,3 +274,35 @@ def test_columns_of_a_table_line_up() -> None:
     assert boxes["2.95"].x1 == pytest.approx(boxes["−1"].x1, abs=1.5)
     assert boxes["token"].x1 < boxes["score"].x0
     assert boxes["token"].y0 > boxes["␣Mary"].y1 > boxes["␣Mary"].y0 > boxes["x"].y1
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def test_image_has_its_colours_where_they_belong() -> None:
+    """Each pixel has its colour about its place, the first row is at the bottom, equal units."""
+    (axes,) = axes_of(compose(IMAGE))
+    (mesh,) = axes.collections
+    assert mesh.get_array().tolist() == [[list(pixel) for pixel in row] for row in IMAGE.pixels]
+    corners = mesh.get_coordinates()
+    assert corners[0, :, 0].tolist() == [-0.625, 0.125, 0.875, 1.625]
+    assert corners[:, 0, 1].tolist() == [-0.5, 0.5, 1.5]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-0.625, 1.625), (-0.5, 1.5))
+    box = axes.get_window_extent()
+    assert box.width / 2.25 == pytest.approx(box.height / 2)
+    assert [(line.get_xdata(), line.get_ydata()) for line in axes.lines] == [([0], [0])]
+    assert [text.get_text() for text in axes.texts] == ["A"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("α", "β")
+
+
+def test_image_says_what_its_colours_are() -> None:
+    """Red, green and blue are explained in this order; without channels there is no legend."""
+    figure = compose(IMAGE)
+    words = [text.get_text() for text in figure.texts if text.get_text().startswith("like")]
+    assert words == ["like A", "like B", "like C"]
+    keys = [line for line in figure.findobj(Line2D) if line.get_marker() == "s"]
+    assert [to_hex(key.get_markerfacecolor()) for key in keys] == ["#ff0000", "#00ff00", "#0000ff"]
+    plain = Image(
+        title="t", x=[0, 1], y=[0, 1], x_label="", y_label="", pixels=[[[0, 0, 0]] * 2] * 2
+    )
+    assert [line.get_marker() for line in compose(plain).findobj(Line2D)].count("s") == 0

@@ -29,6 +29,7 @@ NAMES = [
     "HeadWeights",
     "Heatmap",
     "Histogram",
+    "Image",
     "Interval",
     "Metric",
     "MlpWeights",

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from circuitlab_feature_interactions.attributions import Attributions
 from circuitlab_feature_interactions.interactions import make_route
 from circuitlab_feature_interactions.penalties import penalty
 from circuitlab_feature_interactions.sites import make_pair
@@ -16,6 +15,7 @@ from dictionary_oracles import KINDS
 from families import family_model
 from interaction_oracles import (
     dense_attributions,
+    dense_positions,
     gpt2_block,
     gpt2_mlp,
     pair_of_dictionaries,
@@ -40,21 +40,6 @@ def model_and_route(**options: Any) -> tuple[Any, Any, Any]:
 def streams(*shape: int, seed: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(*shape, 16, generator=generator, dtype=F64) + 0.5
-
-
-def dense(found: Attributions, n_positions: int, values: Tensor | None = None) -> Tensor:
-    """All pairs of places and latents, ``[n, N, pos, N + 1]``, of values or of one of the parts."""
-    assert found.source_position is not None
-    assert found.own is not None
-    columns = found.source_position * (N + 1) + found.source_index
-    if values is None:
-        values = found.values
-    else:
-        columns = columns.gather(1, found.own)
-    index = columns[:, None].expand_as(values)
-    wide = scattered(values, index, n_positions * (N + 1)).transpose(1, 2)
-    index = found.target_index[:, None].expand(-1, wide.shape[1], -1)
-    return scattered(wide, index, N).transpose(1, 2).unflatten(-1, (n_positions, N + 1))
 
 
 def by_hand(module: Any, source: Any, target: Any, x: Tensor, at_input: bool) -> dict[str, Tensor]:
@@ -95,8 +80,8 @@ def test_closed_form_is_the_jacobian(kind: str, layer_norm: bool, with_error: bo
     found = route.attributions(source, target, x[None], with_error=with_error)
     expected = by_hand(module, source, target, x, with_error)
     limit = 1e-10 * float(expected["whole"].detach().abs().max())
-    computed = dense(found, 5)[..., :-1]
-    skip, mlp = (dense(found, 5, part)[..., :-1] for part in (found.skip, found.mlp))
+    computed = dense_positions(found, 5)[..., :-1]
+    skip, mlp = (dense_positions(found, 5, part)[..., :-1] for part in (found.skip, found.local))
     assert (computed + skip - expected["whole"]).abs().max() < limit
     for name, part in (("skip", skip), ("mlp", mlp)):
         for t in range(5):
@@ -112,7 +97,7 @@ def test_errors_are_sources_at_every_position() -> None:
     source, target = pair_of_dictionaries("topk", 16, n=N)
     x = streams(4)
     found = route.attributions(source, target, x[None], with_error=True)
-    given = (dense(found, 4) + dense(found, 4, found.skip))[..., -1]
+    given = (dense_positions(found, 4) + dense_positions(found, 4, found.skip))[..., -1]
     error = source.error(x).detach()
 
     def latents(share: Tensor) -> Tensor:
@@ -132,9 +117,9 @@ def test_padding_is_nothing() -> None:
     found = route.attributions(source, target, x, mask=mask)
     alone = route.attributions(source, target, x[1:, 2:])
     assert found.token.tolist() == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11]
-    padded = dense(found, 6)[6:]
+    padded = dense_positions(found, 6)[6:]
     assert not padded[:, :, :2].any()
-    assert torch.allclose(padded[:, :, 2:], dense(alone, 4), atol=1e-12)
+    assert torch.allclose(padded[:, :, 2:], dense_positions(alone, 4), atol=1e-12)
     assert torch.equal(found.scale, torch.ones(10, dtype=F64))
 
 
@@ -146,10 +131,10 @@ def neox(parallel: bool) -> TracedModel:
     return TracedModel(model._module, None, changed, name="neox")
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-def test_rotary_and_parallel_blocks(parallel: bool) -> None:
-    """Rotated queries and keys, and an MLP beside the attention, are differentiated exactly."""
-    model = neox(parallel)
+@pytest.mark.parametrize("family", ["neox", "neox-sequential", "llama", "qwen2", "gemma"])
+def test_rotary_parallel_and_gated_blocks(family: str) -> None:
+    """Rotated queries and keys, an MLP beside the attention, and gates: differentiated exactly."""
+    model = neox(family == "neox") if family.startswith("neox") else family_model(family)
     # Made only if it computes what the model, in float32, does.
     route = make_route(model, make_pair("block", 1, model), dtype=F64)
     source, target = pair_of_dictionaries("relu", 16, n=N)
@@ -160,7 +145,7 @@ def test_rotary_and_parallel_blocks(parallel: bool) -> None:
         return route(stream[None], mask)[0]
 
     found = route.attributions(source, target, x[None])
-    given = dense(found, 4) + dense(found, 4, found.skip)
+    given = dense_positions(found, 4) + dense_positions(found, 4, found.skip)
     expected, _ = dense_attributions(function, source, target, x, at_input=False)
     assert (given[..., :-1] - expected).abs().max() < 1e-10 * expected.abs().max()
 

@@ -14,7 +14,8 @@ from circuitlab_feature_interactions import evaluating
 from circuitlab_feature_interactions.controls import centred_r2
 from circuitlab_feature_interactions.data import PromptStream, seed_of
 from circuitlab_feature_interactions.dictionary_sets import DictionarySet, write_set
-from circuitlab_feature_interactions.evaluating import Losses, draw, evaluate_dictionaries
+from circuitlab_feature_interactions.evaluating import draw, evaluate_dictionaries
+from circuitlab_feature_interactions.reconstruction import Losses
 from circuitlab_feature_interactions.sites import site_pairs, sites_of
 from circuitlab_feature_interactions.sparsity import gini, hoyer
 from torch import Tensor
@@ -85,7 +86,7 @@ def planted_parts(site: Site) -> dict[str, Any]:
 
 
 def prompts(model: Any, seed: int = 0) -> list[Tensor]:
-    stream = PromptStream(model, None, None, seed_of(seed, evaluating._EVALUATION))
+    stream = PromptStream(model, None, None, seed_of(seed, evaluating.EVALUATION))
     return draw(stream, N_TOKENS)[1]
 
 

@@ -200,7 +200,7 @@ def test_clusters_and_other_sets_are_there_when_asked_for(tmp_path: Path) -> Non
     """Every latent gets a group; a panel has a point for each set."""
     _, model = small_model("gpt2")
     save(model, "mlp.0", tmp_path / "other", k=3)
-    circuit = analyse(tmp_path, "mlp.0", cluster=True, compare=tmp_path)
+    circuit = analyse(tmp_path, "mlp.0", cluster="label", compare=tmp_path)
     groups = [d["cluster"] for _, d in circuit.nodes(data=True) if d["kind"] == "feature"]
     assert set(groups) == set(range(max(groups) + 1))
     plain = analyse(tmp_path, "mlp.0")
@@ -213,7 +213,7 @@ def test_clusters_and_other_sets_are_there_when_asked_for(tmp_path: Path) -> Non
 def test_the_same_options_give_the_same_circuit(tmp_path: Path) -> None:
     """Also with clusters, and with another batch size up to rounding."""
     first, second, small = (
-        analyse(tmp_path, cluster=True, batch_size=size) for size in (None, None, 1)
+        analyse(tmp_path, cluster="label", batch_size=size) for size in (None, None, 1)
     )
     assert first.to_json() == second.to_json()
     for one, other in zip(first.effects(), small.effects(), strict=True):

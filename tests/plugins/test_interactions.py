@@ -13,17 +13,17 @@ from circuitlab_feature_interactions.interactions import make_route
 from circuitlab_feature_interactions.penalties import GroupPenalty, penalty
 from circuitlab_feature_interactions.sites import make_pair
 from dictionary_oracles import KINDS, random_dictionary
-from families import family_model
 from interaction_oracles import (
     dense_attributions,
     gpt2_mlp,
+    over_draws,
     pair_of_dictionaries,
     scattered,
 )
 from oracles import random_gpt2
 from torch import Tensor
 
-from circuitlab import Dictionary, ModelError, OptionError, Site, SiteError, load_model
+from circuitlab import Dictionary, ModelError, OptionError, Site, load_model
 
 F64 = torch.float64
 SUMS, QUOTIENTS = ("l1", "log", "frobenius"), ("l1l2", "hoyer")
@@ -168,18 +168,10 @@ def test_masked_tokens_are_left_out() -> None:
 def test_sampling_is_unbiased(kind: str, draws: dict[str, int]) -> None:
     """The mean over draws is the exact penalty, within 3 standard errors."""
     _, _, route = model_and_route()
-    source, target = pair_of_dictionaries("relu", 16)
-    x, scale = streams(6), torch.linspace(0.5, 1.5, 12, dtype=F64)
-    measure, generator = penalty(kind), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        exact = measure(route.attributions(source, target, x), scale)
-        drawn = torch.stack([
-            measure(route.attributions(source, target, x, generator=generator, **draws), scale)
-            for _ in range(300)
-        ])  # fmt: skip
-    error = drawn.std() / 300**0.5
+    drawn, exact = over_draws(route, *pair_of_dictionaries("relu", 16), streams(6), kind, draws)
+    error = float(drawn.std()) / len(drawn) ** 0.5
     assert error > 0
-    assert abs(float(drawn.mean() - exact)) < 3 * float(error)
+    assert abs(float(drawn.mean()) - exact) < 3 * error
 
 
 def test_as_many_rows_as_are_active_is_exact() -> None:
@@ -355,13 +347,6 @@ def test_unknown_penalties_are_refused(name: str, decay: float) -> None:
     """A kind that is not there, and a running mean that never forgets, are refused."""
     with pytest.raises(OptionError):
         penalty(name) if decay == 0 else GroupPenalty(decay)
-
-
-def test_a_gated_mlp_is_refused() -> None:
-    """Llama's MLP is no one map and a nonlinearity; nothing is computed as if it were."""
-    model = family_model("llama")
-    with pytest.raises(SiteError, match="mlp_input_projection"):
-        make_route(model, make_pair("mlp", 0, model))
 
 
 def test_a_model_that_does_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from circuitlab_feature_interactions.cards.style import STYLE
-from circuitlab_feature_interactions.cards.text import SHOWN, number, percent, shown
+from circuitlab_feature_interactions.cards.text import (
+    SHOWN,
+    UNKNOWN,
+    context_words,
+    density_words,
+    number,
+    shown,
+)
 
 #: Strongest tint of a token.
-_TINT = 0.85
+TINT = 0.85
 
 _ABOUT = """Left a latent, right a random direction that went the same way: cut off so that it is
 active at as many tokens. What both show is no property of the latent. Examples are drawn from the
@@ -72,28 +79,16 @@ def _card(card: Mapping[str, Any]) -> str:
 
 
 def _density(facts: Mapping[str, Any]) -> str:
-    if not facts["active"]:
-        fact = f"silent at all {facts['tokens']:,} tokens: density below {percent(facts['below'])}"
-        if facts["dead"] is True:
-            return f"{fact}, dead"
-        return f"{fact}; {facts['tokens_needed']:,} tokens are needed to call it dead"
-    told = f"density {percent(facts['density'])}"
-    if "interval" in facts:
-        low, high = facts["interval"]
-        told += f' <span class="soft">[{percent(low)}, {percent(high)}]</span>'
-    return f'{told} <span class="soft">· {facts["active"]:,} of {facts["tokens"]:,} tokens</span>'
+    first, *rest = density_words(facts)
+    return " ".join([first, *(f'<span class="soft">{words}</span>' for words in rest)])
 
 
 def _context(facts: Mapping[str, Any]) -> str:
-    if not facts["tokens"]:
-        return "context dependence: never active behind another token"
-    told = []
-    for name in ("alone", "hidden"):
-        text = number(facts[name]["score"])
-        if ends := facts[name].get("interval"):
-            text += f' <span class="soft">[{number(ends[0])}, {number(ends[1])}]</span>'
-        told.append(f"{name} {text}")
-    return f"context dependence: {' · '.join(told)}"
+    told = [
+        " ".join([score, *(f'<span class="soft">{words}</span>' for words in interval)])
+        for score, *interval in context_words(facts)
+    ]
+    return f"context dependence: {' · '.join(told) or UNKNOWN}"
 
 
 def _histogram(facts: Mapping[str, Any]) -> str:
@@ -182,7 +177,7 @@ def _ranked(tokens: Sequence[Sequence[Any]], tint: str) -> str:
 
 
 def _token(text: str, tint: str, share: float, told: str, *, here: bool) -> str:
-    alpha = _TINT * min(max(share, 0.0), 1.0)
+    alpha = TINT * min(max(share, 0.0), 1.0)
     style = f' style="--a: {alpha:.3f}"' if alpha else ""
     full = shown(text) if len(text) > SHOWN else ""
     title = " · ".join(filter(None, (full, told)))

@@ -1,0 +1,1 @@
+"""Protocols: how published studies asked, each under its own label."""

@@ -1,0 +1,1 @@
+"""Regions: classes of outputs, and the borders that walks cross."""

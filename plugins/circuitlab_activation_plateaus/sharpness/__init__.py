@@ -1,0 +1,1 @@
+"""Sharpness: which layers, gates and components make the output jump."""

@@ -1,0 +1,1 @@
+"""Steering: a direction added by degrees, and every answer taken apart."""
