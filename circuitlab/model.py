@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from circuitlab.architectures import Architecture
 from circuitlab.errors import GraphError, ModelError, NumericsError, SiteError
@@ -175,10 +175,9 @@ class TracedModel:
         Raises:
             ModelError: the family leaves a weight as it was.
         """
-        make: Callable[[int], nn.Module] = self._fresh or partial(fresh_weights, self._module)
-        fresh: nn.Module = make(seed).to(device=self.device, dtype=self.dtype)
+        make: Callable[[int], Any] = self._fresh or partial(fresh_weights, self._module)
         return TracedModel(
-            fresh.requires_grad_(False),
+            make(seed).to(device=self.device, dtype=self.dtype).requires_grad_(False),
             self.tokenizer,
             self.architecture,
             name=f"{self.name}, new weights of seed {seed}",

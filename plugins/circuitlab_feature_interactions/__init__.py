@@ -80,22 +80,26 @@ def train(
         "several with commas",
     ] = "mlp.0",
     arch: Annotated[Literal["topk", "relu", "jumprelu", "gated"], "nonlinearity"] = "topk",
-    k: Annotated[int, "topk: latents active at once"] = 8,
+    k: Annotated[int, "latents active at once: exactly for topk, aimed at for others"] = 8,
     expansion: Annotated[float, "latents / width of the site"] = 4.0,
     interaction: Annotated[
         Literal["none", "l1", "l1l2", "hoyer", "log", "group"], "penalty on interactions"
     ] = "l1",
-    strength: Annotated[float, "weight of that penalty"] = 0.003,
+    strength: Annotated[float, "weight of that penalty, per active target latent"] = 0.024,
     estimator: Annotated[
-        str, "how it is estimated: 'exact', 'rows:4', 'tokens:128', 'rows:4,tokens:128'"
-    ] = "exact",
+        str,
+        "how it is estimated: from some tokens of each step, 'tokens:64', some active latents, "
+        "'rows:4', both, 'rows:4,tokens:64', or all of them, 'exact', which takes longer",
+    ] = "tokens:64",
     warmup: Annotated[
         float, "share of the steps in which the penalty grows to its strength"
     ] = 0.05,
     steps: Annotated[int, "optimiser steps"] = 1500,
     batch_tokens: Annotated[int, "tokens per step"] = 512,
     learning_rate: Annotated[float | None, "of Adam; by the architecture if left out"] = None,
-    sparsity: Annotated[float | None, "weight of the sparsity loss, of other than topk"] = None,
+    sparsity: Annotated[
+        float | None, "fixed weight of the sparsity loss; if left out, steered to --k"
+    ] = None,
     data: Data = None,
     context_length: Annotated[
         int | None, "longest prompt, in tokens; the model's if left out"

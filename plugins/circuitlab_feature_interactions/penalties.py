@@ -5,7 +5,7 @@ Every penalty but ``group`` is a mean over tokens, so some of them estimate it w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +21,8 @@ Penalty = Callable[[Attributions, Tensor], Tensor]
 _SMALL = 0.3
 #: Keeps gradients of roots finite where there is nothing.
 _TINY = 1e-12
+#: Share of the running mean of ``group`` that a step of a training leaves as it is.
+DECAY = 0.99
 #: Most pairs of latents whose running means are kept.
 _MOST_PAIRS = 1 << 28
 
@@ -66,6 +68,26 @@ def penalty(kind: str) -> Penalty:
     return lambda attributions, target_scale: of_tokens(attributions, target_scale).mean()
 
 
+def unit_of(kind: str, k: int, n: int) -> float:
+    """What a penalty is divided by in training, so that one strength serves for all ``k``.
+
+    About what it is where each active target latent has one source: ``k`` for ``l1`` and ``log``,
+    √k for ``l1l2``, √(n k) for ``group``; 1 for ``hoyer``, which has no unit.
+
+    Args:
+        kind: Of :func:`penalty`.
+        k: Target latents that are active at a token, or aimed at.
+        n: Target latents in all.
+    """
+    units = {"l1": float(k), "log": float(k), "l1l2": k**0.5, "group": (n * k) ** 0.5}
+    return units.get(kind, 1.0)
+
+
+def decay_for(n_target: int, n_source: int) -> float:
+    """The decay of the running mean of ``group`` in training; 0 for too many pairs of latents."""
+    return DECAY if n_target * (n_source + 1) <= _MOST_PAIRS else 0.0
+
+
 class GroupPenalty:
     """Σ_ij √(mean over tokens of |R_ij|), with a running mean over batches.
 
@@ -104,6 +126,17 @@ class GroupPenalty:
         change: Tensor = ((means - at_pairs) * slope).sum()
         return running.clamp(min=0).sqrt().sum() + change
 
+    def state(self) -> dict[str, Tensor]:
+        """The running mean, ``[n_target * (n_source + 1)]``, and its weight; nothing at first."""
+        if self._mean is None:
+            return {}
+        return {"mean": self._mean, "weight": torch.tensor(self._weight, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+        if state:
+            self._mean, self._weight = state["mean"].clone(), float(state["weight"])
+
     def _update(self, attributions: Attributions, pairs: Tensor, means: Tensor) -> Tensor:
         """The running mean of every pair with this batch in it, ``[n_target * n_source]``."""
         n_pairs = attributions.n_target * (attributions.n_source + 1)
@@ -114,6 +147,7 @@ class GroupPenalty:
             )
         if self._mean is None:
             self._mean = means.new_zeros(n_pairs)
+        self._mean = self._mean.to(means)
         self._mean *= self.decay
         self._mean[pairs] += (1 - self.decay) * means
         self._weight = self.decay * self._weight + 1 - self.decay

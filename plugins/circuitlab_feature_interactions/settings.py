@@ -15,7 +15,7 @@ from circuitlab_feature_interactions.steering import Steering
 Arch = Literal["topk", "relu", "jumprelu", "gated"]
 InteractionKind = Literal["none", "l1", "l1l2", "hoyer", "log", "group"]
 
-#: Weight of the sparsity term where none is given.
+#: Weight of the sparsity term at the beginning, where none is given.
 SPARSITY = {"topk": 0.0, "relu": 0.1, "jumprelu": 0.006, "gated": 0.25}
 _SAMPLED = re.compile(r"(rows|tokens):([1-9]\d{0,8})")
 #: Of all steps: until the learning rate is full, from when on it falls, and until when the weight of
@@ -30,17 +30,18 @@ class TrainSettings:
     Attributes:
         sites: Pairs, as :func:`circuitlab_feature_interactions.sites.site_pairs` reads them.
         arch: What makes latents sparse.
-        k: Active latents at a token, for ``topk``.
+        k: Active latents at a token: exactly for ``topk``, about for others.
         expansion: Latents per number that is read.
         interaction: What of the interactions is made small.
-        strength: Its weight against the reconstruction losses.
+        strength: Its weight against the reconstruction losses, in the unit of
+            :func:`penalties.unit_of`, which is per active target latent.
         estimator: ``exact``; or, without bias, ``rows:N`` from N target latents of each token,
             ``tokens:N`` from N tokens of each step, ``rows:N,tokens:N`` from both, at random.
         warmup: Share of the steps until the interaction's weight is full.
         steps: Number of steps.
         batch_tokens: Tokens of a step.
         learning_rate: Of Adam; None: ``2e-4 * sqrt(2**14 / n)`` with ``n`` latents, at most 0.002.
-        sparsity: Weight of the sparsity term; None for the architecture's own.
+        sparsity: Weight of the sparsity term; None: moved until about ``k`` latents are active.
         data: File of texts; None for the model's corpus.
         context_length: Most tokens of a prompt; None for the model's most.
         checkpoint_every: Steps from one checkpoint to the next.
@@ -55,8 +56,8 @@ class TrainSettings:
     k: int = 8
     expansion: float = 4.0
     interaction: InteractionKind = "l1"
-    strength: float = 0.003
-    estimator: str = "exact"
+    strength: float = 0.024
+    estimator: str = "tokens:64"
     warmup: float = 0.05
     steps: int = 1500
     batch_tokens: int = 512
@@ -127,7 +128,9 @@ class TrainSettings:
         """The weight of a dictionary's sparsity term at the beginning."""
         if self.sparsity is not None:
             return Steering(self.sparsity, None)
-        return Steering(SPARSITY[self.arch], None if self.arch == "topk" else self.k)
+        start = SPARSITY[self.arch]
+        least = -start if self.arch == "jumprelu" else 0.0
+        return Steering(start, None if self.arch == "topk" else self.k, self.steps, least)
 
     def n_latents(self, width: int) -> int:
         """Latents of a dictionary of a site of this width.

@@ -23,8 +23,8 @@ def train_dictionaries(
     k: int = 8,
     expansion: float = 4.0,
     interaction: InteractionKind = "l1",
-    strength: float = 0.003,
-    estimator: str = "exact",
+    strength: float = 0.024,
+    estimator: str = "tokens:64",
     warmup: float = 0.05,
     steps: int = 1500,
     batch_tokens: int = 512,
@@ -41,8 +41,9 @@ def train_dictionaries(
     settings, and :func:`training.train` for what is raised.
 
     Returns:
-        Plain JSON by label: of each site centred R², active latents per token, dead latents' share;
-        of each pair its interactions at the last step.
+        Plain JSON by label: of each site centred R², active latents per token, dead latents' share
+        and the number of the dictionary's parameters; of each pair its interactions at the last
+        step.
     """
     asked = {name: value for name, value in locals().items() if name not in ("model", "output")}
     found = train(model, TrainSettings(**asked, seed=torch.initial_seed()), output)
@@ -54,8 +55,11 @@ def train_dictionaries(
             if name in own:
                 told[f"{name} {site}"] = own[name]
         told[f"dead {site}"] = own["dead"]["share"]
+        told[f"parameters {site}"] = found.info["parameters"][site]
     for pair in found.pairs:
         if values := history.get(f"interactions {pair}"):
             told[f"interactions {pair}"] = values[-1]
     told["held out"] = statistics["held_out"]
+    if notes := found.info["notes"]:
+        told["notes"] = notes
     return told

@@ -21,7 +21,7 @@ from circuitlab import (
     track,
 )
 from circuitlab_feature_interactions.activations import MIXED, ActivationSource, Batch, Place
-from circuitlab_feature_interactions.coupling import Interactions, couple
+from circuitlab_feature_interactions.coupling import Coupling, Interactions
 from circuitlab_feature_interactions.data import PromptStream, generator_of
 from circuitlab_feature_interactions.dictionary_sets import (
     DictionarySet,
@@ -39,15 +39,16 @@ from circuitlab_feature_interactions.losses import (
     site_loss,
 )
 from circuitlab_feature_interactions.resampling import resample
-from circuitlab_feature_interactions.settings import FALL, STEERED, TrainSettings, differences
+from circuitlab_feature_interactions.settings import STEERED, TrainSettings, differences
 from circuitlab_feature_interactions.sites import Pair, site_pairs, written_by
 from circuitlab_feature_interactions.states import STATE, locked, read_state, write_state
 
 if TYPE_CHECKING:
     from circuitlab import TracedModel
 
-#: Of all steps: between two looks for dead latents; none after the learning rate begins to fall.
-RESAMPLED = 0.05
+#: Of all steps: between two looks for dead latents, and until when there are any. A latent that
+#: begins anew is active too often for a while, and the sparsity's weight has to settle after that.
+RESAMPLED, LAST_RESAMPLED = 0.05, 0.5
 #: Points of the history of a training.
 POINTS = 100
 #: Tokens, at most, at which trained dictionaries are measured, and how many at a time: enough to
@@ -72,7 +73,9 @@ class Trainer:
         done: Number of steps done.
         place: Where the next batch is.
         history: Lists of equal length: ``step``, of each site its ``r2`` (of what its dictionary
-            writes) and ``l0`` at that step's tokens before the step, of each pair its interactions.
+            writes) and ``l0`` at that step's tokens before the step, and, but for ``topk``, the
+            weight of its sparsity term after it; of each pair its interactions in the unit of
+            :func:`penalties.unit_of`.
     """
 
     settings: TrainSettings
@@ -173,7 +176,7 @@ class Trainer:
     def _resample(self, step: int, losses: Mapping[Site, SiteLoss], batch: Batch) -> None:
         settings = self.settings
         every = max(25, round(RESAMPLED * settings.steps))
-        if (step + 1) % every or step + 1 > FALL * settings.steps:
+        if (step + 1) % every or step + 1 > LAST_RESAMPLED * settings.steps:
             return
         for number, (site, learner) in enumerate(self.learners.items()):
             # Nothing of it in all steps since the last look.
@@ -214,6 +217,8 @@ class Trainer:
             for site, learner in self.learners.items()
             for name, tensor in learner.state().items()
         }
+        for pair, measure in self.interactions.items():
+            tensors |= {f"{pair}/{name}": value for name, value in measure.state().items()}
         facts = {
             "done": self.done,
             "place": [self.place.prompt, self.place.batch],
@@ -223,10 +228,10 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave for the same settings and data."""
-        for site, learner in self.learners.items():
-            prefix = f"{site}/"
+        for place, learned in (*self.learners.items(), *self.interactions.items()):
+            prefix = f"{place}/"
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            learner.load(own)
+            learned.load(own)
         self.done = int(facts["done"])
         self.place = Place(*map(int, facts["place"]))
         self.history = {name: list(values) for name, values in facts["history"].items()}
@@ -253,7 +258,7 @@ def train(
     settings: TrainSettings,
     folder: Path,
     *,
-    coupled: Callable[[TracedModel, Pair, TrainSettings], Interactions] = couple,
+    coupled: Callable[[TracedModel, Pair, TrainSettings], Interactions] = Coupling,
 ) -> DictionarySet:
     """Train the dictionaries of a model's sites, into a folder.
 
@@ -341,6 +346,11 @@ def _finish(
     info = {
         "about": dict(about),
         "history": trainer.history,
+        "parameters": {
+            str(site): sum(parameter.numel() for parameter in dictionary.parameters())
+            for site, dictionary in dictionaries.items()
+        },
+        "notes": [measure.note for measure in trainer.interactions.values() if measure.note],
         "statistics": measure(model, dictionaries, stream, trainer),
     }
     found = DictionarySet(dictionaries, trainer.pairs, info)

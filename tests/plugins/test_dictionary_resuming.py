@@ -51,12 +51,17 @@ def same(a: Any, b: Any) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-@pytest.mark.parametrize("sites", ["mlp.0", "block.0"])
+@pytest.mark.parametrize(("sites", "interaction"), [("mlp.0", "group"), ("block.0", "l1")])
 def test_goes_on_bit_for_bit(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sites: str
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sites: str, interaction: str
 ) -> None:
-    """Stopped twice, after a checkpoint and at one, it ends as if it had not been stopped."""
-    settings = TrainSettings(**SMALL | {"sites": sites, "arch": "jumprelu"})
+    """Stopped twice, after a checkpoint and at one, it ends as if it had not been stopped.
+
+    The weight of the sparsity term, which is steered, and the running mean of ``group`` are part of
+    what it goes on from.
+    """
+    changes = {"sites": sites, "arch": "jumprelu", "interaction": interaction}
+    settings = TrainSettings(**SMALL | changes)
     straight = train(model, settings, tmp_path / "straight")
     steps = Trainer.steps
     for stop in (12, 15):
@@ -134,7 +139,7 @@ def test_a_finished_training_is_read(
     monkeypatch.setattr(Trainer, "steps", None)
     assert same(found, train(model, settings, tmp_path))
     other = TrainSettings(**SMALL | {"k": 4, "strength": 0.5})
-    with pytest.raises(OptionError, match=r"k was 3 and is 4, strength was 0\.003 and is 0\.5"):
+    with pytest.raises(OptionError, match=r"k was 3 and is 4, strength was 0\.024 and is 0\.5"):
         train(model, other, tmp_path)
 
 

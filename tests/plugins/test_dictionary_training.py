@@ -15,6 +15,7 @@ from circuitlab_feature_interactions.losses import Moments, begin_dictionary, si
 from circuitlab_feature_interactions.resampling import resample
 from circuitlab_feature_interactions.settings import TrainSettings
 from circuitlab_feature_interactions.sites import Pair
+from circuitlab_feature_interactions.steering import Steering
 from circuitlab_feature_interactions.train_command import train_dictionaries
 from circuitlab_feature_interactions.training import Trainer, train
 
@@ -123,11 +124,21 @@ def test_joint_loss_weighs_interactions_by_the_warm_up(monkeypatch: pytest.Monke
     seen: list[dict[Site, torch.Tensor]] = []
     scales: list[torch.Tensor] = []
 
-    def product(a: Any, b: Any, batch: Batch, scale: torch.Tensor, generator: Any) -> torch.Tensor:
-        scales.append(scale)
-        return a.W_e.sum() * b.W_e.sum()
+    class Product:
+        note = ""
 
-    trainer = Trainer.begin(settings, [PAIR], {PAIR: product}, source)  # type: ignore[arg-type]
+        def __call__(self, a: Any, b: Any, batch: Any, scale: Any, generator: Any) -> torch.Tensor:
+            scales.append(scale)
+            found: torch.Tensor = a.W_e.sum() * b.W_e.sum()
+            return found
+
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def load(self, state: Any) -> None:
+            pass
+
+    trainer = Trainer.begin(settings, [PAIR], {PAIR: Product()}, source)  # type: ignore[arg-type]
     step = Learner.step
 
     def recorded(learner: Learner, share: float) -> None:
@@ -209,7 +220,7 @@ def test_dead_latents_begin_anew_at_errors(arch: Any) -> None:
     moments = Moments.of(torch.randn(50, 6, generator=generator_of(3)), SOURCE)
     settings = TrainSettings(arch=arch, k=3, expansion=2)
     dictionary = begin_dictionary(settings, moments, generator_of(4))
-    learner = Learner.of(dictionary, moments, 0.01)
+    learner = Learner.of(dictionary, moments, 0.01, Steering(0.1, None))
     x = torch.randn(50, 6, generator=generator_of(5))
     site_loss(dictionary, x, moments, 0.1).total.backward()
     learner.step(1.0)

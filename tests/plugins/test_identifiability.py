@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from circuitlab import Dictionary, TracedModel, load_model
 
-#: Independent planted problems, side by side in one model, and the width of each.
-SEEDS, D = 4, 8
+#: Starts of one planted problem, side by side in one model, and the width of each.
+STARTS, D = 4, 8
 
 
 def rotations(n: int, generator: torch.Generator) -> Tensor:
@@ -46,9 +46,9 @@ class Orthogonal:
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        self._start = rotations(SEEDS, generator)
-        self.free = nn.Parameter(0.3 * torch.randn(SEEDS, D, D, generator=generator))
-        d, zeros = SEEDS * D, torch.zeros
+        self._start = rotations(STARTS, generator)
+        self.free = nn.Parameter(0.3 * torch.randn(STARTS, D, D, generator=generator))
+        d, zeros = STARTS * D, torch.zeros
         self._dictionary = Dictionary(
             zeros(d, 2 * d), zeros(2 * d), zeros(2 * d, d), zeros(d), apply_b_dec_to_input=False
         )
@@ -56,36 +56,45 @@ class Orthogonal:
             del self._dictionary._parameters[name]
 
     def bases(self) -> Tensor:
-        """The matrices, a column per direction, ``[SEEDS, D, D]``."""
+        """The matrices, a column per direction, ``[STARTS, D, D]``."""
         skew = self.free - self.free.mT
         eye = torch.eye(D)
         return self._start @ torch.linalg.solve(eye + skew, eye - skew)
 
     def dictionary(self) -> Dictionary:
-        """The dictionary of the matrices as they are now."""
+        """The dictionary of all matrices as they are now."""
         whole = torch.block_diag(*self.bases())
         self._dictionary.W_e = torch.cat([whole, -whole], 1)
         self._dictionary.W_d = self._dictionary.W_e.T
         return self._dictionary
 
+    def alone(self, start: int) -> Dictionary:
+        """The dictionary of one matrix."""
+        basis = self.bases()[start].detach()
+        rows, zeros = torch.cat([basis, -basis], 1), torch.zeros
+        return Dictionary(rows, zeros(2 * D), rows.T, zeros(D), apply_b_dec_to_input=False)
 
-def recovered(kind: str, rows: int | None, steps: int) -> tuple[Tensor, Tensor]:
-    """Least |cos| of true directions with learned ones, source and target, ``[SEEDS]`` each.
+
+def recovered(kind: str, rows: int | None, steps: int, seed: int) -> tuple[Tensor, Tensor, int]:
+    """Least |cos| of true directions with learned ones, source and target, ``[STARTS]`` each.
 
     Gaussian inputs look the same in every orthogonal dictionary, so that only the interactions can
     tell the one in which each input direction makes one output direction.
+
+    Returns:
+        Those, and the start that the penalty itself calls best.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, r = rotations(SEEDS, generator), rotations(SEEDS, generator)
-    whole = torch.block_diag(*q), torch.zeros(SEEDS * D), torch.block_diag(*r)
-    model = planted(*whole)
+    generator = torch.Generator().manual_seed(seed)
+    q, r = rotations(1, generator), rotations(1, generator)
+    both = (torch.block_diag(*one.expand(STARTS, D, D)) for one in (q, r))
+    model = planted(next(both), torch.zeros(STARTS * D), next(both))
     route, measure = make_route(model, make_pair("mlp", 0, model)), penalty(kind)
     source, target = Orthogonal(generator), Orthogonal(generator)
     optimiser = torch.optim.Adam([source.free, target.free], betas=(0.9, 0.99))
-    sums = torch.zeros(2, 2 * SEEDS * D)
+    sums = torch.zeros(2, 2 * STARTS * D)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 0.06 * min(1.0, 2 * (steps - step) / steps)
-        x = torch.randn(96, SEEDS * D, generator=generator)
+        x = torch.randn(96, STARTS * D, generator=generator)
         found = route.attributions(
             source.dictionary(), target.dictionary(), x, rows=rows, generator=generator
         )
@@ -97,25 +106,42 @@ def recovered(kind: str, rows: int | None, steps: int) -> tuple[Tensor, Tensor]:
         measure(found, scale).backward()  # type: ignore[no-untyped-call]  # torch's own
         optimiser.step()
     with torch.no_grad():
-        return tuple(  # type: ignore[return-value]  # of two
+        single = planted(q[0], torch.zeros(D), r[0])
+        route, x = make_route(single, make_pair("mlp", 0, single)), torch.randn(2048, D)
+        # In one unit for all latents: the mean of one that is hardly ever active tells nothing.
+        penalties = [
+            float(
+                measure(route.attributions(source.alone(n), target.alone(n), x), torch.ones(2 * D))
+            )
+            for n in range(STARTS)
+        ]
+        cosines = [
             (truth.mT @ learned).abs().amax(2).amin(1)
             for truth, learned in ((q, source.bases()), (r.mT, target.bases()))
-        )
+        ]
+    return cosines[0], cosines[1], min(range(STARTS), key=penalties.__getitem__)
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [("l1", None), ("l1", 8), ("l1l2", None), ("hoyer", None), ("log", None), ("group", None)],
 )
-def test_sparse_interactions_identify_the_dictionaries(kind: str, rows: int | None) -> None:
-    """Of all orthogonal dictionaries the penalty alone finds the planted ones, in every problem."""
-    for found in recovered(kind, rows, 300):
-        assert found.min() > 0.99
+def test_sparse_interactions_identify_the_dictionaries(
+    kind: str, rows: int | None, seed: int
+) -> None:
+    """Of all orthogonal dictionaries the penalty alone finds the planted ones.
+
+    Some starts end in a local minimum; the penalty itself says which of four is best.
+    """
+    sources, targets, best = recovered(kind, rows, 400, seed)
+    assert min(float(sources[best]), float(targets[best])) > 0.99
 
 
-def test_the_frobenius_control_does_not() -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_the_frobenius_control_does_not(seed: int) -> None:
     """Small Jacobians are no sparse ones: the sum of squares leaves dictionaries where they are."""
-    for found in recovered("frobenius", None, 100):
+    for found in recovered("frobenius", None, 100, seed)[:2]:
         assert found.max() < 0.9
 
 

@@ -22,6 +22,7 @@ from circuitlab_feature_interactions.sites import (
     written_by,
     written_site,
 )
+from circuitlab_feature_interactions.steering import Steering
 from circuitlab_feature_interactions.training import Trainer, train
 from torch import Tensor
 
@@ -146,7 +147,7 @@ def test_a_step_is_one_about_the_mean_of_what_is_read() -> None:
     """Steps are those of plain Adam on an encoder that reads x less its mean."""
     dictionary, x, y, moments = begun("relu")
     read = Moments.of(x, READ)
-    learner = Learner.of(dictionary, moments, 0.01, read)
+    learner = Learner.of(dictionary, moments, 0.01, Steering(0.1, None), read)
     parts = [dictionary.W_e, dictionary.b_e + read.mean @ dictionary.W_e, dictionary.b_d]
     w_e, bias, b_d = (part.detach().clone().requires_grad_() for part in parts)
     unit, per = moments.unit, moments.unit / read.unit
@@ -171,7 +172,7 @@ def test_dead_latents_read_where_the_error_is() -> None:
     """Decoder rows go along a token's error, encoders along what was read there, less the mean."""
     dictionary, x, y, moments = begun("topk")
     read = Moments.of(x, READ)
-    learner = Learner.of(dictionary, moments, 0.01, read)
+    learner = Learner.of(dictionary, moments, 0.01, Steering(0.1, None), read)
     loss = site_loss(dictionary, x, moments, 0.0, y)
     loss.total.backward()  # type: ignore[no-untyped-call]  # torch's own
     learner.step(1.0)
