@@ -5,6 +5,7 @@ Every penalty but ``group`` is a mean over tokens, so some of them estimate it w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
@@ -21,7 +22,8 @@ Penalty = Callable[[Attributions, Tensor], Tensor]
 _SMALL = 0.3
 #: Keeps gradients of roots finite where there is nothing.
 _TINY = 1e-12
-#: Share of the running mean of ``group`` that a step of a training leaves as it is.
+#: Share of the running mean of ``group`` that a step of a training leaves as it is. Of 64 tokens a
+#: step, of a dictionary at rest, the value is then 5 % too small; without a running mean, 64 %.
 DECAY = 0.99
 #: Most pairs of latents whose running means are kept.
 _MOST_PAIRS = 1 << 28
@@ -79,7 +81,7 @@ def unit_of(kind: str, k: int, n: int) -> float:
         k: Target latents that are active at a token, or aimed at.
         n: Target latents in all.
     """
-    units = {"l1": float(k), "log": float(k), "l1l2": k**0.5, "group": (n * k) ** 0.5}
+    units = {"l1": float(k), "log": float(k), "l1l2": math.sqrt(k), "group": math.sqrt(n * k)}
     return units.get(kind, 1.0)
 
 
@@ -121,10 +123,10 @@ class GroupPenalty:
             roots: Tensor = (means + _TINY).sqrt() - _TINY**0.5
             return roots.sum()
         running = self._update(attributions, pairs, means.detach())
-        at_pairs = running[pairs]
-        slope = 0.5 / (at_pairs + _TINY).sqrt()
-        change: Tensor = ((means - at_pairs) * slope).sum()
-        return running.clamp(min=0).sqrt().sum() + change
+        slope = 0.5 / (running[pairs] + _TINY).sqrt()
+        # Pairs that are not in the batch have lost half their root, too.
+        linear: Tensor = (means * slope).sum()
+        return 0.5 * running.sqrt().sum() + linear
 
     def state(self) -> dict[str, Tensor]:
         """The running mean, ``[n_target * (n_source + 1)]``, and its weight; nothing at first."""

@@ -18,8 +18,8 @@ InteractionKind = Literal["none", "l1", "l1l2", "hoyer", "log", "group"]
 #: Weight of the sparsity term at the beginning, where none is given.
 SPARSITY = {"topk": 0.0, "relu": 0.1, "jumprelu": 0.006, "gated": 0.25}
 _SAMPLED = re.compile(r"(rows|tokens):([1-9]\d{0,8})")
-#: Of all steps: until the learning rate is full, from when on it falls, and until when the weight of
-#: the sparsity term is steered.
+#: Of all steps: until the learning rate is full, from when on it falls, and until when the weight
+#: of the sparsity term is steered.
 RISE, FALL, STEERED = 0.01, 0.8, 0.95
 
 

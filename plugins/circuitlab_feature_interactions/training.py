@@ -228,8 +228,10 @@ class Trainer:
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave for the same settings and data."""
-        for place, learned in (*self.learners.items(), *self.interactions.items()):
-            prefix = f"{place}/"
+        kept: dict[str, Learner | Interactions] = {}
+        kept |= {f"{site}/": learner for site, learner in self.learners.items()}
+        kept |= {f"{pair}/": measure for pair, measure in self.interactions.items()}
+        for prefix, learned in kept.items():
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             learned.load(own)
         self.done = int(facts["done"])

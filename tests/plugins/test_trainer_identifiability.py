@@ -1,4 +1,4 @@
-"""Identifiability through the trainer: its penalty, steps and running means find what is planted."""
+"""Identifiability through the trainer: penalty, steps and running means find what is planted."""
 
 from __future__ import annotations
 
