@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         OptionError,
         PluginError,
         QualityError,
+        RemoteError,
         ResourceError,
         SiteError,
         TaskError,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from circuitlab.prompts import EncodedTask, Tokens
     from circuitlab.run import Run
     from circuitlab.selection import check_cut, circuit_of
+    from circuitlab.shards import sharded
     from circuitlab.sites import Site
     from circuitlab.task_files import read_task, read_texts, write_task
     from circuitlab.tasks import PromptPair, Task
@@ -108,6 +110,7 @@ _HOME = {
     "PromptPair": "tasks",
     "QualityError": "errors",
     "ReceiverBlock": "wiring",
+    "RemoteError": "errors",
     "ResourceError": "errors",
     "Run": "run",
     "Scatter": "panels",
@@ -138,6 +141,7 @@ _HOME = {
     "read_dictionary": "dictionaries",
     "read_task": "task_files",
     "read_texts": "task_files",
+    "sharded": "shards",
     "show_plots": "plots",
     "track": "progress",
     "write_circuit": "export",
@@ -181,6 +185,7 @@ __all__ = [
     "PromptPair",
     "QualityError",
     "ReceiverBlock",
+    "RemoteError",
     "ResourceError",
     "Run",
     "Scatter",
@@ -211,6 +216,7 @@ __all__ = [
     "read_dictionary",
     "read_task",
     "read_texts",
+    "sharded",
     "show_plots",
     "track",
     "write_circuit",

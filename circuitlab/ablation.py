@@ -77,10 +77,10 @@ class Ablator:
 
 def _mean_outputs(model: TracedModel, pairs: EncodedTask, batch_size: int) -> Tensor:
     """Mean of each source over clean prompts and real positions, ``[n_sources, d_model]``."""
-    total = torch.zeros(len(model.wiring.sources), model.d_model, dtype=torch.float64)
+    total = torch.zeros(1, model.d_model, dtype=torch.float64)
     count = 0
     for batch in pairs.batches(batch_size):
         outputs = model.source_outputs(model.run(batch.clean, read=model.source_sites))
-        total += outputs.double().sum((1, 2)).cpu()
+        total = total + outputs.double().sum((1, 2)).cpu()
         count += int(batch.clean.mask.sum())
     return (total / count).to(model.device)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+#: Sites of a model of which only the blocks are known.
+STREAM_KINDS = ("embed", "resid_pre", "resid_post", "logits")
+
+
 @dataclass(frozen=True, slots=True)
 class Projection:
     """Where one of q, k, v is computed, and which columns of that output belong to a head.
@@ -37,13 +41,13 @@ class Architecture:
         embed: Token embedding.
         blocks: The list of blocks.
         final_norm: Norm before the unembedding.
-        attention_norm: Norm that feeds q, k and v.
+        attention_norm: Norm that feeds q, k and v; empty where they read the stream itself.
         attention: Attention module; returns ``(output, pattern)`` or the output.
         q: Query projection.
         k: Key projection.
         v: Value projection.
         output_projection: Maps the concatenated heads back to the residual stream.
-        mlp_norm: Norm that feeds the MLP.
+        mlp_norm: Norm that feeds the MLP; empty where it reads the stream itself.
         mlp: MLP module.
         parallel: Whether attention and MLP of a block read the same residual stream.
         unembedding: Linear map from the final norm to the logits.
@@ -54,14 +58,33 @@ class Architecture:
         mlp_input_projection: Maps the normalised stream to the MLP's hidden layer; empty where that
             is not one linear map and a nonlinearity, or one and a gate.
         mlp_activation: That nonlinearity, of each number alone.
-        mlp_gate_projection: Maps the normalised stream to the gate: behind the nonlinearity it
-            multiplies what ``mlp_input_projection`` gives (SwiGLU, GEGLU); empty where none does.
+        mlp_gate_projection: Maps the normalised stream to the gate: its nonlinearity multiplies
+            what ``mlp_input_projection`` gives (SwiGLU, GEGLU); empty where there is no gate.
         position_embed: Learned position embedding that is added to the tokens'; empty where there
             is none.
         rotary: Module that gives ``(cos, sin)`` of rotary embeddings, second half of the columns
             turned against the first (Llama, GPT-NeoX); empty where there are none.
         n_kv_heads: Key and value heads that the queries share in groups; 0 for one each.
         score_scales: What each layer multiplies ``q · k`` by; empty for ``1 / sqrt(d_head)``.
+        attention_post_norm: Norm behind the attention: what it gives is added to the stream, and is
+            ``attn_out`` (Gemma 2, OLMo 2); empty where the attention's own output is.
+        mlp_post_norm: The same behind the MLP: what it gives is ``mlp_out``.
+        q_norm: Norm of the projected queries, before any rotation: of each head alone, or of all
+            heads side by side, as its width says (Qwen 3, OLMo 2). The site q lies before it.
+        k_norm: The same of the keys.
+        score_softcap: ``c`` of ``c tanh(score / c)``, taken of scores before the softmax (Gemma 2);
+            0 for none.
+        logit_softcap: The same of the logits.
+        embed_scale: What the model multiplies the output of ``embed`` by. Not what that module
+            multiplies its weight by itself (Gemma).
+        sliding_windows: How many positions each layer sees back, its own counted; 0 for all of
+            them. Empty where all layers see all.
+        rotary_kinds: What each layer's rotary embedding is called, where ``rotary`` takes that as
+            its third argument (Gemma 3); empty where it does not.
+        mlp_input_offset: First of the ``d_mlp`` columns of ``mlp_input_projection``, where it gives
+            the gate too (Phi-3).
+        mlp_gate_offset: The same of ``mlp_gate_projection``.
+        block_outputs: Length of the tuple that a block returns; 0 for a tensor.
     """
 
     family: str
@@ -93,15 +116,61 @@ class Architecture:
     rotary: str = ""
     n_kv_heads: int = 0
     score_scales: tuple[float, ...] = ()
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
+    score_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embed_scale: float = 1.0
+    sliding_windows: tuple[int, ...] = ()
+    rotary_kinds: tuple[str, ...] = ()
+    mlp_input_offset: int = 0
+    mlp_gate_offset: int = 0
+    block_outputs: int = 0
+
+    @property
+    def blocks_only(self) -> bool:
+        """Whether nothing is known of what a block does, but that it hands a stream on."""
+        return not self.attention
+
+    def described(self) -> Architecture:
+        """This description, where it tells the parts of a block.
+
+        Raises:
+            ModelError: only the blocks are known.
+        """
+        if self.blocks_only:
+            raise ModelError(
+                f"no installed plugin describes the heads, MLPs and norms of family "
+                f"{self.family!r}: only the stream between its blocks can be read and written "
+                f"({', '.join(STREAM_KINDS)}); a plugin can describe it by adapt_architecture"
+            )
+        return self
 
     @property
     def wiring(self) -> Wiring:
-        """The residual graph of this model."""
+        """The residual graph of this model.
+
+        Raises:
+            ModelError: only the blocks of the model are known.
+        """
+        self.described()
         return Wiring(self.n_layers, self.n_heads, self.parallel)
 
     def block(self, layer: int, path: str = "") -> str:
         """Full path of a module of block ``layer``; of the block itself when ``path`` is empty."""
         return f"{self.blocks}.{layer}.{path}" if path else f"{self.blocks}.{layer}"
+
+    @property
+    def attention_entry(self) -> str:
+        """What reads the stream for the attention: its norm, or the attention itself."""
+        return self.attention_norm or self.attention
+
+    @property
+    def mlp_entry(self) -> str:
+        """What reads the stream for the MLP: its norm, or the MLP itself."""
+        return self.mlp_norm or self.mlp
 
     def n_heads_of(self, kind: str) -> int:
         """Number of heads of a per-head site: fewer for k and v where queries share them."""
@@ -117,22 +186,24 @@ class Architecture:
 
     def module_paths(self) -> tuple[str, ...]:
         """Every path this description claims, one block's relative paths taken at layer 0."""
-        in_block = (
-            self.attention_norm,
-            self.attention,
-            *(self.projection(port).path for port in "qkv"),
-            self.output_projection,
-            self.mlp_norm,
-            self.mlp,
-            *filter(
-                None,
-                [
-                    self.mlp_output_projection,
-                    self.mlp_input_projection,
-                    self.mlp_activation,
-                    self.mlp_gate_projection,
-                ],
-            ),
+        in_block = filter(
+            None,
+            [
+                self.attention_norm,
+                self.attention,
+                *(self.projection(port).path for port in "qkv"),
+                self.q_norm,
+                self.k_norm,
+                self.output_projection,
+                self.attention_post_norm,
+                self.mlp_norm,
+                self.mlp,
+                self.mlp_post_norm,
+                self.mlp_output_projection,
+                self.mlp_input_projection,
+                self.mlp_activation,
+                self.mlp_gate_projection,
+            ],
         )
         last = self.block(self.n_layers - 1)
         return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,9 +82,16 @@ def measure(model: TracedModel, pairs: EncodedTask) -> Baseline:
     clean, corrupt, right = [], [], 0
     batches = list(pairs.batches(choose_batch_size(model, pairs)))
     for batch in track(batches, "running the task"):
-        logits = _logits(model, batch, "clean")
+        # Both are begun first: on a host they share a round trip.
+        with _naming(batch, "clean"):
+            first = model.run(batch.clean)
+        with _naming(batch, "corrupt"):
+            second = model.run(batch.corrupt)
+        with _naming(batch, "clean"):
+            logits = first.logits[:, -1]
+        with _naming(batch, "corrupt"):
+            changed = second.logits[:, -1]
         clean.append(batch.score(logits, logits).double().cpu())
-        changed = _logits(model, batch, "corrupt")
         corrupt.append(batch.score(changed, logits).double().cpu())
         right += _right(batch, logits)
     chance = _chance(pairs, model.vocab_size)
@@ -131,10 +140,11 @@ def check(baseline: Baseline, pairs: EncodedTask, *, allow_weak: bool, seed: int
     return warnings
 
 
-def _logits(model: TracedModel, batch: EncodedTask, part: Literal["clean", "corrupt"]) -> Tensor:
-    """Logits after the last token; where a number is not finite, its pairs are named."""
+@contextmanager
+def _naming(batch: EncodedTask, part: Literal["clean", "corrupt"]) -> Iterator[None]:
+    """Where a number is not finite inside, its pairs are named."""
     try:
-        return model.run(batch.clean if part == "clean" else batch.corrupt).logits[:, -1]
+        yield
     except NumericsError as error:
         pairs = _listed(list(batch.numbers))
         raise NumericsError(

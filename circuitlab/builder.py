@@ -16,12 +16,21 @@ import torch
 
 import circuitlab
 from circuitlab import baseline, progress
-from circuitlab.checkpoint import StateFile, digest, opened
-from circuitlab.errors import CircuitLabError, GraphError, OptionError, PluginError, TaskError
+from circuitlab.checkpoint import StateFile, opened
+from circuitlab.errors import (
+    CircuitLabError,
+    GraphError,
+    ModelError,
+    OptionError,
+    PluginError,
+    TaskError,
+)
 from circuitlab.graph import EDGE_SCORE, CircuitGraph, effect_name
 from circuitlab.loading import Source, load_model
+from circuitlab.memory import fitting
 from circuitlab.options import check_values
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Command, Registry, describe
+from circuitlab.shards import check_shards
 
 if TYPE_CHECKING:
     from circuitlab.baseline import Baseline
@@ -64,7 +73,8 @@ def build_circuit(
         annotate: Plugins that may annotate the finished circuit.
         seed: For whatever the analysis draws at random.
         resume: File in which the analysis keeps what it has so far; where an interrupted run left
-            one, this run goes on from it. It is removed at the end.
+            one, this run goes on from it. It is removed at the end. A shard's state, which the
+            command line opens, ends the run by ``ShardDone`` when the shard's parts are done.
         registry: Plugins to use; by default all installed ones.
         **options: Options of the analysis.
 
@@ -79,7 +89,9 @@ def build_circuit(
     registry.check_annotators(annotate)
     check_values(chosen.options, options, f"analysis {analysis!r}")
     with opened(resume) as state:
-        traced = load_model(model, registry=registry)
+        if state.shard is not None:
+            check_shards(chosen, options, registry.analyses.values())
+        traced = _check_parts(chosen, load_model(model, registry=registry), registry)
         named, measured = None, None
         warnings: list[str] = []
         if chosen.needs_task or task is not None or traced.task_name is not None:
@@ -91,22 +103,29 @@ def build_circuit(
             _check_unused(metric=metric, n_pairs=n_pairs, align=align)
         origin = _provenance(traced, named, chosen, options, seed=seed, measured=measured)
         settings = _settings(origin, traced, named, registry) if state.path else {}
-        with state.used(settings, traced.device):
-            circuit = _run(chosen, traced, named, options, seed)
-        circuit.graph["warnings"] = [*circuit.graph.get("warnings", ()), *_stateless(chosen, state)]
+        circuit = _run(chosen, traced, named, options, seed, state, settings)
+        told = circuit.graph.get("warnings", ())
+        circuit.graph["warnings"] = [*told, *_stateless(chosen, state, traced)]
         progress.tell(circuit.graph["warnings"])
         if annotate:
             registry.annotate(annotate, circuit, traced, named)
             _validate(circuit, f"--annotate {', '.join(annotate)}")
+    _note_origin(circuit, origin, measured, seed)
+    circuit.graph["warnings"] = [*warnings, *circuit.graph["warnings"]]
+    circuit.graph["seconds"] = round(time.time() - started + state.seconds, 3)
+    return circuit
+
+
+def _note_origin(
+    circuit: CircuitGraph, origin: dict[str, Any], measured: Baseline | None, seed: int
+) -> None:
+    """Write down where a circuit comes from, and what its effect is worth."""
     for key, value in origin.items():
         circuit.graph.setdefault(key, value)
     if measured is not None:
         circuit.graph["baseline"] = measured.to_json(seed)
         if measured.weak(seed):
             _mark_weak(circuit)
-    circuit.graph["warnings"] = [*warnings, *circuit.graph["warnings"]]
-    circuit.graph["seconds"] = round(time.time() - started + state.seconds, 3)
-    return circuit
 
 
 def _measured(
@@ -118,7 +137,7 @@ def _measured(
         TaskError: the task cannot be used.
     """
     pairs = model.encode(task)
-    measured = baseline.measure(model, pairs)
+    measured = fitting(lambda: baseline.measure(model, pairs))
     doubts = baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed)
     warnings = [*pairs.warnings, *doubts]
     progress.tell(warnings)
@@ -153,29 +172,64 @@ def find_task(model: TracedModel, task: Task | str | None, registry: Registry) -
 
 
 def _run(
-    analysis: Analysis, model: TracedModel, task: Task | None, options: dict[str, Any], seed: int
+    analysis: Analysis,
+    model: TracedModel,
+    task: Task | None,
+    options: dict[str, Any],
+    seed: int,
+    state: StateFile,
+    settings: dict[str, Any],
 ) -> CircuitGraph:
     """The analysis's circuit; what a plugin does wrong becomes a PluginError that names it."""
     owner = f"analysis {analysis.name!r} of plugin {analysis.plugin!r}"
-    with _by_plugin(owner, model, seed):
-        circuit = analysis.function(model, task, **options)
+
+    def once() -> CircuitGraph:
+        with state.used(settings, model.device), _by_plugin(owner, model, seed):
+            return analysis.function(model, task, **options)
+
+    circuit = fitting(once)
+    _check_split(analysis, state)
     if not isinstance(circuit, CircuitGraph):
         raise PluginError(f"{owner} returned {type(circuit).__name__}, not a CircuitGraph")
     _validate(circuit, owner)
     return circuit
 
 
+def _check_parts(offer: Analysis | Command, model: TracedModel, registry: Registry) -> TracedModel:
+    """The model, if as much is known of it as this needs.
+
+    Raises:
+        ModelError: only its blocks are known; names what works on them.
+    """
+    if model.architecture.blocks_only and not offer.stream_only:
+        raise ModelError(
+            f"{offer.name} needs the heads, MLPs and norms of model {model.name!r}, and no plugin "
+            f"describes family {model.architecture.family!r} (asked: "
+            f"{', '.join(registry.describers)}); what works on the stream between its blocks: "
+            f"{', '.join(registry.of_streams) or 'nothing installed'}; a plugin can describe the "
+            f"family by adapt_architecture"
+        )
+    return model
+
+
 def run_command(
-    command: Command, model: TracedModel, options: dict[str, Any], *, seed: int = 0
+    command: Command,
+    model: TracedModel,
+    options: dict[str, Any],
+    *,
+    seed: int = 0,
+    registry: Registry | None = None,
 ) -> dict[str, Any]:
     """What a plugin's command found, by label.
 
     Raises:
         OptionError: it has no such option, or the option no such value.
+        ModelError: it needs more than the blocks of the model, and only they are known.
         PluginError: it failed, or gave something else than plain JSON by label.
     """
     owner = f"command {command.name!r} of plugin {command.plugin!r}"
     check_values(command.options, options, owner)
+    _check_parts(command, model, registry or Registry.load())
     with _by_plugin(owner, model, seed):
         found = command.function(model, **options)
     try:
@@ -202,9 +256,12 @@ def _by_plugin(owner: str, model: TracedModel, seed: int) -> Iterator[None]:
         raise PluginError(f"{owner} made a bad circuit: {error}") from error
     except CircuitLabError:
         raise
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         raise
     except (Exception, SystemExit) as error:  # a plugin may raise anything
+        # On a CPU torch has no class for it.
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         raise PluginError(f"{owner} failed: {describe(error)}") from error
 
 
@@ -283,7 +340,7 @@ def _provenance(
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "remote": False,
+        "remote": model.remote,
         "versions": {
             "circuitlab": circuitlab.__version__,
             **{name: version(name) for name in ("torch", "transformers", "nnsight", "networkx")},
@@ -302,15 +359,31 @@ def _settings(
         **{f"option {name}": value for name, value in origin["options"].items()},
         "align": None if task is None else task.align,
         # A folder, or a module in memory, may hold other weights under the same name.
-        "weights": digest(model._module.state_dict())[:12],
+        "weights": model.weights_digest,
         f"version of {plugin.distribution}": plugin.version,
         **{f"version of {name}": value for name, value in origin["versions"].items()},
     }
 
 
-def _stateless(analysis: Analysis, state: StateFile) -> list[str]:
-    """A warning where a state was asked for and the analysis has none to give."""
-    if state.path is None or state.stages:
+def _check_split(analysis: Analysis, state: StateFile) -> None:
+    """Refuse a shard that did not end where its parts were done: it has done those of all shards.
+
+    Raises:
+        PluginError: the analysis is not split as it says.
+    """
+    if state.shard is not None:
+        raise PluginError(
+            f"analysis {analysis.name!r} of plugin {analysis.plugin!r} says that it can be split "
+            f"into shards, and has no part of its work in circuitlab.sharded()"
+        )
+
+
+def _stateless(analysis: Analysis, state: StateFile, model: TracedModel) -> list[str]:
+    """A warning where a state was asked for and the analysis has none to give.
+
+    Of a model on a host, the jobs are kept.
+    """
+    if state.path is None or state.stages or model.remote:
         return []
     return [
         f"analysis {analysis.name!r} keeps no state: nothing was written to {str(state.path)!r}, "

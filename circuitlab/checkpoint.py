@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from circuitlab.errors import OptionError, ResourceError, TaskError
+from circuitlab.errors import ResourceError, TaskError
 from circuitlab.labels import excerpt
+from circuitlab.locks import lock, lock_path
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+Part = TypeVar("Part")
 
 #: Seconds between two writes of one run.
 EVERY = 5.0
@@ -87,17 +89,33 @@ class Checkpoint:
         if self._file is not None:
             self._file.keep(self.stage, state)
 
+    def share(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts of the work that are done here: all, or those of one shard of a run.
+
+        A run is split inside :func:`circuitlab.sharded` alone. There the tensors kept are of
+        floating point, and NaN exactly where another shard's parts, or later ones, belong.
+        """
+        return list(parts) if self._file is None else self._file.share(parts)
+
 
 class StateFile:
     """The file of one run's state: locked while it is open, removed when its block succeeds.
+
+    That of a shard stays: it is a part of another run.
 
     It is one safetensors file, replaced as a whole, with the run's settings in its header.
 
     Args:
         path: Where; None to keep nothing and only note the stages.
+        shard: Which shard of how many, from 1, where the run is one; None for a whole run.
 
     Attributes:
         path: Where, resolved; or None.
+        shard: As given.
+        lasting: Whether the file stays when the block succeeds.
+        complete: Whether this shard has done all its parts.
+        settings: What the numbers of the run depend on.
+        kept: Of each stage: what the analysis gave, and torch's random state then.
         found: Whether an earlier run had left a state.
         seconds: Time that earlier runs had spent.
         stages: Names of the stages begun in this run.
@@ -108,15 +126,17 @@ class StateFile:
         ResourceError: the file cannot be made, read or written.
     """
 
-    def __init__(self, path: Path | str | None) -> None:
+    def __init__(self, path: Path | str | None, shard: tuple[int, int] | None = None) -> None:
         self.path = None if path is None else Path(path).resolve()
+        self.shard = shard
+        self.lasting = shard is not None
+        self.complete = self.sharing = False
         self.found = False
         self.seconds = 0.0
         self.stages: list[str] = []
-        self._settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
         self._device: torch.device | None = None
-        # Of each stage: what the analysis gave, and torch's random state then.
-        self._kept: dict[str, dict[str, dict[str, Tensor]]] = {}
+        self.kept: dict[str, dict[str, dict[str, Tensor]]] = {}
         self._changed = False
         self._opened = self._next = 0.0
         self._lock = -1
@@ -124,7 +144,7 @@ class StateFile:
     def __enter__(self) -> Self:
         self._opened = time.monotonic()
         if self.path is not None:
-            self._lock = _lock(self.path)
+            self._lock = lock(self.path)
             try:
                 self._read(self.path)
             except BaseException:
@@ -134,7 +154,7 @@ class StateFile:
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         if self.path is not None:
-            if kind is None:
+            if kind is None and not self.lasting:
                 self.path.unlink(missing_ok=True)
             self._unlock(self.path)
 
@@ -150,12 +170,13 @@ class StateFile:
             TaskError: the state is that of other settings; each one that differs is named.
         """
         now = json.loads(json.dumps(settings))
-        if self.found and now != self._settings:
+        if self.found and now != self.settings:
             raise TaskError(
-                f"state {self._shown} is of another run: {_changes(self._settings, now)}; go back "
+                f"state {self._shown} is of another run: {changes(self.settings, now)}; go back "
                 f"to those settings, name another file, or delete this one to start again"
             )
-        self._settings, self._device = now, device
+        self.settings, self._device = now, device
+        self.stages.clear()
         token = _active.set(self)
         try:
             yield
@@ -168,17 +189,24 @@ class StateFile:
             raise ValueError(f"this run has had a stage {stage!r}; give each one its own name")
         self.stages.append(stage)
 
+    def share(self, parts: Sequence[Part]) -> list[Part]:
+        """The parts that are done here."""
+        if self.shard is None or not self.sharing:
+            return list(parts)
+        number, n = self.shard
+        return list(parts[number - 1 :: n])
+
     def load(self, stage: str) -> dict[str, Tensor] | None:
         """What was kept of a stage; torch's random state becomes what it was then."""
         import torch
 
-        if stage not in self._kept:
+        if stage not in self.kept:
             return None
-        random = self._kept[stage]["random"]
+        random = self.kept[stage]["random"]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and self._device is not None:
             torch.cuda.set_rng_state(random["cuda"], self._device)
-        return {name: tensor.clone() for name, tensor in self._kept[stage]["state"].items()}
+        return {name: tensor.clone() for name, tensor in self.kept[stage]["state"].items()}
 
     def keep(self, stage: str, state: Mapping[str, Tensor]) -> None:
         """Keep a copy of a stage's state, and write it when the last write is long enough ago."""
@@ -195,9 +223,14 @@ class StateFile:
         }
         # In this order: whatever is interrupted here, the latest complete state is written.
         self._changed = True
-        self._kept[stage] = {"state": copies, "random": random}
+        self.kept[stage] = {"state": copies, "random": random}
         if time.monotonic() >= self._next:
             self.write()
+
+    def finish_shard(self) -> None:
+        """Note that this shard has done all its parts, and write it."""
+        self.complete = self._changed = True
+        self.write()
 
     def write(self) -> None:
         """Write what has changed: the file is the whole new state or the whole old one.
@@ -211,15 +244,17 @@ class StateFile:
             return
         tensors = {
             f"{stage}/{part}/{name}": tensor
-            for stage, parts in self._kept.items()
+            for stage, parts in self.kept.items()
             for part, named in parts.items()
             for name, tensor in named.items()
         }
         about = {
             "format": SCHEMA,
-            "settings": json.dumps(self._settings),
+            "settings": json.dumps(self.settings),
             "seconds": str(self.seconds + time.monotonic() - self._opened),
         }
+        if self.shard is not None:
+            about["shard"] = f"{self._shard}, {'complete' if self.complete else 'begun'}"
         about["digest"] = _seal(about, tensors)
         draft = self.path.with_name(f".{self.path.name}.draft")
         try:
@@ -261,21 +296,37 @@ class StateFile:
             ) from error
         if about.pop("digest", "") != _seal(about, tensors):
             raise TaskError(f"state {self._shown} is damaged: its digest does not fit; {remedy}")
-        self._settings = json.loads(about["settings"])
+        shard, _, word = about.get("shard", "").partition(", ")
+        if shard != self._shard:
+            raise TaskError(
+                f"state {self._shown} is of {shard or 'a whole run'}, not of "
+                f"{self._shard or 'a whole run'}; {remedy}"
+            )
+        self.complete = word == "complete"
+        self.settings = json.loads(about["settings"])
         self.seconds = float(about["seconds"])
         for key, tensor in tensors.items():
             stage, part, name = key.split("/", 2)
-            parts = self._kept.setdefault(stage, {"state": {}, "random": {}})
+            parts = self.kept.setdefault(stage, {"state": {}, "random": {}})
             parts[part][name] = tensor
         self.found = True
 
     def _unlock(self, path: Path) -> None:
-        _lock_path(path).unlink(missing_ok=True)
+        lock_path(path).unlink(missing_ok=True)
         os.close(self._lock)
+
+    @property
+    def _shard(self) -> str:
+        return "" if self.shard is None else "shard {} of {}".format(*self.shard)
 
     @property
     def _shown(self) -> str:
         return f"'{excerpt(str(self.path))}'"
+
+
+def active() -> StateFile | None:
+    """The state file that checkpoints go to."""
+    return _active.get()
 
 
 @contextmanager
@@ -306,57 +357,7 @@ def _seal(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Every setting that differs, with both values."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in names)
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
-
-
-def _lock(path: Path) -> int:
-    """Hold the file for this process; the system lets go when the process ends, however it ends.
-
-    Raises:
-        OptionError: another process holds it; its number and machine are named.
-        ResourceError: no lock can be made there.
-    """
-    import fcntl
-
-    shown = excerpt(str(path))
-    if path.is_dir():
-        raise ResourceError(f"state '{shown}' is a folder; name a file")
-    while True:
-        held = -1
-        try:
-            held = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(held, _lock_path(path)):
-                os.ftruncate(held, 0)
-                os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return held
-        except BlockingIOError:
-            owner = os.pread(held, 200, 0).decode(errors="replace") or "another process"
-            os.close(held)
-            raise OptionError(
-                f"state '{shown}' is in use by {excerpt(owner)}; wait for it to end, or name "
-                f"another file"
-            ) from None
-        except OSError as error:
-            if held >= 0:
-                os.close(held)
-            raise ResourceError(
-                f"state '{shown}' cannot be kept there: {error.strerror}; name a file in a folder "
-                f"that exists and may be written"
-            ) from error
-        os.close(held)
-
-
-def _is_at(held: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name: its last owner may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(held), os.stat(path))
-    except FileNotFoundError:
-        return False

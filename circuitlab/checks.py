@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from circuitlab.errors import ModelError, NumericsError, QualityError
+from circuitlab.attending import Attention
+from circuitlab.errors import ModelError, NumericsError, QualityError, RemoteError
+from circuitlab.progress import tell
 from circuitlab.prompts import Tokens
 from circuitlab.sites import Site
 from circuitlab.wiring import PORTS
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Largest difference, as a multiple of the type's rounding and of the values' size.
 ROUNDINGS = 256
+#: Bytes of weights up to which all of a host's model are fetched to be checked.
+FETCHED = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Check:
 class Probe:
     """Random prompts, one of them padded, and what the plain module says to them."""
 
+    module: nn.Module
     tokens: Tokens
     logits: Tensor
 
@@ -57,7 +62,9 @@ def probe(module: nn.Module) -> Probe:
         ModelError: the module cannot be called the way causal language models are.
     """
     config: Any = module.config
-    length = min(6, int(getattr(config, "max_position_embeddings", None) or config.n_positions))
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    length = min([6, *(int(n) for n in longest if n)])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, int(config.vocab_size), (2, length), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -76,7 +83,7 @@ def probe(module: nn.Module) -> Probe:
             f"{type(module).__name__} cannot be run as a causal language model: {error}; "
             f"load it with AutoModelForCausalLM"
         ) from error
-    return Probe(tokens, logits)
+    return Probe(module, tokens, logits)
 
 
 def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
@@ -86,18 +93,24 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
     its projections; heads carry nothing but their values; MLPs read the stream they are said to
     and write what their hidden layers are projected to; writing what was read changes nothing; nor
     does leaving out blocks, attention and logits that are not needed; a padded prompt gives its own
-    logits.
+    logits. Where the description says how positions come in: the stream begins with the embeddings,
+    and heads attend as their queries and keys say. Logits are read off the last stream.
 
     Raises:
         QualityError: the description of the model does not fit it, so that it cannot be traced.
     """
     try:
+        if model.architecture.blocks_only:
+            return _compare_blocks(model, plain)
         checks = _compare(model, plain)
         # Where the description is wrong at large, what looks closer fails less clearly.
         if all(check.passed for check in checks):
-            checks += [*_hidden_layers(model, plain.tokens), _shortened(model, plain)]
+            checks.append(_shortened(model, plain))
+            if not _too_far(model):
+                checks += _hidden_layers(model, plain.tokens)
+                checks += [*_positions(model, plain), *_unembedded(model, plain)]
         return checks
-    except (torch.OutOfMemoryError, NumericsError):
+    except (torch.OutOfMemoryError, NumericsError, RemoteError):
         raise
     except Exception as error:  # modules that are not what they are said to be fail in every way
         fact = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -105,6 +118,20 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
             f"model {model.name!r} cannot be traced as {model.architecture.family}: {fact}; "
             f"what a plugin's adapt_architecture says of it does not fit"
         ) from error
+
+
+def _too_far(model: TracedModel) -> bool:
+    """Whether a host's weights are too many to be fetched for a check; that is told."""
+    size = model.n_parameters * model.dtype.itemsize
+    if not model.remote or size <= FETCHED:
+        return False
+    tell(
+        [
+            f"the self-check of {model.name!r} leaves out its embeddings, MLPs and unembedding: "
+            f"the host has {size / 2**30:.1f} GiB of weights, too many to fetch"
+        ]
+    )
+    return True
 
 
 def _compare(model: TracedModel, plain: Probe) -> list[Check]:
@@ -143,6 +170,35 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     ]
 
 
+def _compare_blocks(model: TracedModel, plain: Probe) -> list[Check]:
+    """What can be compared of a model of which only the blocks are known."""
+    layers, mask, real = range(model.n_layers), plain.tokens.mask, plain.logits[plain.tokens.mask]
+    read = [Site(kind, n) for n in layers for kind in ("resid_pre", "resid_post")]
+    run = model.run(plain.tokens, read=read, logits="all")
+    first = Site("resid_pre", 0)
+    identity = model.run(plain.tokens, write={first: run[first]}, logits="all").logits
+    alone = model.run(plain.tokens.rows([1]).trimmed(), logits="all").logits
+    tokens = torch.arange(min(2, model.vocab_size), device=model.device)
+    short = [
+        model.run(plain.tokens, write={site: run[site]}, vocabulary=tokens).logits[:, -1]
+        for site in (Site("resid_post", n) for n in layers)
+    ]
+    wanted = plain.logits[:, -1, tokens].expand(model.n_layers, -1, -1)
+    handed = [run[Site("resid_post", n)] for n in layers[:-1]]
+    return [
+        _check("logits equal plain Hugging Face", run.logits[mask], real, model),
+        *(
+            _check(f"block {n + 1} reads what block {n} hands on", given, run[later], model, mask)
+            for n, (given, later) in enumerate(
+                zip(handed, (Site("resid_pre", n) for n in layers[1:]), strict=True)
+            )
+        ),
+        _check("writing what was read changes nothing", identity[mask], real, model),
+        _check("padding changes nothing", alone[0], plain.logits[1][mask[1]], model),
+        _check("leaving out blocks changes nothing", torch.stack(short), wanted, model),
+    ]
+
+
 def _heads_carry_values(model: TracedModel, tokens: Tokens, run: Run) -> Check:
     """Without values, nothing is left of what the heads write."""
     heads = [Site("z", n) for n in range(model.n_layers)]
@@ -169,13 +225,15 @@ def require(model: TracedModel, checks: list[Check]) -> None:
 
     Raises:
         QualityError: names each failed check, its difference and tolerance.
+        ModelError: the same, where only the blocks of the model are known.
     """
     failed = [c for c in checks if not c.passed]
     if failed:
         facts = "; ".join(
             f"{c.name}: off by {c.difference:.2g}, at most {c.tolerance:.2g}" for c in failed
         )
-        raise QualityError(
+        kind = ModelError if model.architecture.blocks_only else QualityError
+        raise kind(
             f"model {model.name!r} as traced ({model.architecture.family}, {model.dtype}) fails "
             f"its self-check: {facts}; no score from it could be trusted"
         )
@@ -200,8 +258,67 @@ def _hidden_layers(model: TracedModel, tokens: Tokens) -> list[Check]:
     hidden = [run[Site("mlp_post", n)][tokens.mask].double() for n in layers]
     written = torch.stack([run[Site("mlp_out", n)] for n in layers])[:, tokens.mask].double()
     expected = torch.stack([value @ weight for value, weight in zip(hidden, weights, strict=True)])
-    name = "MLPs write what their hidden layers are projected to"
-    return [_check(name, written - written[:, :1], expected - expected[:, :1], model)]
+    if model.architecture.mlp_post_norm:
+        expected = torch.cat(
+            [model.weights.shares(Site("mlp_out", n), expected[n : n + 1]) for n in layers]
+        )
+    else:
+        written, expected = written - written[:, :1], expected - expected[:, :1]
+    return [
+        _check("MLPs write what their hidden layers are projected to", written, expected, model)
+    ]
+
+
+@torch.no_grad()
+def _positions(model: TracedModel, plain: Probe) -> list[Check]:
+    """Embeddings and attention, by what the description says of positions; [] if it says nothing.
+
+    A window that is longer than the prompts leaves nothing to check.
+    """
+    a, tokens = model.architecture, plain.tokens
+    if not (a.position_embed or a.rotary):
+        return []
+    layers, start = range(model.n_layers), Site("resid_pre", 0)
+    sites = [Site(kind, n) for n in layers for kind in (*PORTS, "z")]
+    run = model.run(tokens, read=[Site("embed"), start, *sites], logits="none")
+    begun, learned = run[Site("embed")] * a.embed_scale, model.weights.positions(model.dtype)
+    if learned is not None:
+        begun = begun + learned[tokens.position_ids]
+    attention = Attention(plain.module, a)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    attended = []
+    for layer in layers:
+        ports = [attention.normed(layer, p, run[Site(p, layer)].to(dtype)) for p in PORTS]
+        attended.append(attention.z(layer, tokens, *ports))
+    z = torch.stack([run[Site("z", n)] for n in layers])
+    mask = tokens.mask
+    return [
+        _check("the stream begins with the embeddings", begun, run[start], model, mask),
+        _check(
+            "heads attend as their queries and keys say",
+            torch.stack(attended)[:, mask],
+            z[:, mask],
+            model,
+        ),
+    ]
+
+
+def _unembedded(model: TracedModel, plain: Probe) -> list[Check]:
+    """Logits of two tokens from the last stream; [] where the last norm is no known one."""
+    last = Site("resid_post", model.n_layers - 1)
+    stream = model.run(plain.tokens, read=[last])[last][plain.tokens.mask]
+    tokens = torch.arange(min(2, model.vocab_size), device=model.device)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    stream = stream.to(dtype)
+    try:
+        weight, bias = model.weights.unembedding(dtype, tokens)
+        logits = stream / model.weights.norm_scale(None, stream) @ weight + bias
+    except ModelError:
+        return []
+    if cap := model.architecture.logit_softcap:
+        logits = cap * torch.tanh(logits / cap)
+    real = plain.logits[plain.tokens.mask][:, tokens]
+    return [_check("logits are read off the last stream", logits, real, model)]
 
 
 def _heard(model: TracedModel, run: Any, layer: int) -> Tensor:

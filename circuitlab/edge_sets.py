@@ -140,11 +140,12 @@ class _Walk:
         if not change:
             return
         z = self.patcher.attention(layer, change)
-        for head in held:
-            self.held[first + head] = self.patcher.head_output(layer, head, z[..., head, :])
+        groups = [[head] for head in held] + [free] * bool(free)
+        written = self.patcher.heads_output(layer, z, groups)
+        for head, own in zip(held, written, strict=False):
+            self.held[first + head] = own
         if free:
-            weight = self.model.weights.heads(layer, "o")[free]
-            self._write(z[..., free, :].flatten(-2) @ weight.flatten(0, 1))
+            self._write(written[-1])
 
     def _mlp(self, block: ReceiverBlock, stream: Tensor | None) -> None:
         row = self.model.wiring.source_rows[f"m{block.layer}"]

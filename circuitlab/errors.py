@@ -8,6 +8,7 @@
     ├── GraphError             3   a circuit file or graph that is not well formed
     ├── ModelError             4   a model that cannot be had, or is not understood
     ├── ResourceError          5   memory, disk or permissions
+    ├── RemoteError            6   a host does not do what it was asked
     ├── QualityError           7   a result, or the traced model itself, fails its check
     └── PluginError            8   a plugin that was asked for failed
 
@@ -64,6 +65,12 @@ class ResourceError(CircuitLabError):
     """Memory, disk space or permissions do not suffice."""
 
     exit_code = 5
+
+
+class RemoteError(CircuitLabError):
+    """A host refused a job, lost it, or could not be reached in time."""
+
+    exit_code = 6
 
 
 class QualityError(CircuitLabError):

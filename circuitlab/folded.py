@@ -13,9 +13,14 @@ class HeadWeights:
     """The heads of one layer with the norm that feeds them folded in; row vectors from the left.
 
     With ``σ`` the norm's scale at a position (:meth:`Weights.norm_scale`), a head reads a residual
-    stream ``x`` as ``q = x / σ @ W_q + b_q``, likewise k and v, without another norm. Its score of
-    query i and key j is ``scale * q_i @ R_i @ R_j^T @ k_j`` with ``R`` of
-    :meth:`Weights.rotations`, and it writes ``pattern @ v @ W_o``.
+    stream ``x`` as ``q = x / σ @ W_q + b_q``, likewise k and v. Its score of query i and key j is
+    ``scale * q_i @ R_i @ R_j^T @ k_j`` with ``R`` of :meth:`Weights.rotations`, and it writes
+    ``pattern @ v @ W_o``.
+
+    Norms behind a projection have their gain folded in too; q and k, where they are normed, and
+    what is written, where a norm stands behind the attention, are still to be divided by
+    :meth:`Weights.scale_behind`. Caps of scores and windows are the architecture's
+    ``score_softcap`` and ``sliding_windows``, and no weights.
 
     Attributes:
         q: ``[n_heads, d_model, d_head]``.
@@ -47,7 +52,9 @@ class MlpWeights:
     With ``σ`` the norm's scale (:meth:`Weights.norm_scale`) it reads a stream ``x`` and writes
     ``activation(x / σ @ w_in + b_in) @ w_out + b_out``. A gated MLP, as SwiGLU and GEGLU (Shazeer
     2020, arXiv:2002.05202), writes
-    ``(activation(x / σ @ gate + gate_bias) * (x / σ @ w_in + b_in)) @ w_out + b_out``.
+    ``(activation(x / σ @ gate + gate_bias) * (x / σ @ w_in + b_in)) @ w_out + b_out``. Where a norm
+    stands behind the MLP its gain is folded in, and what is written is still to be divided by
+    :meth:`Weights.scale_behind` of the hidden layer.
 
     Attributes:
         w_in: ``[d_model, d_mlp]``.
@@ -69,9 +76,11 @@ class MlpWeights:
 
     def __call__(self, normed: Tensor) -> Tensor:
         """What it writes, ``[..., d_model]``, at streams ``x / σ`` of that shape."""
+        return self.hidden(normed) @ self.w_out + self.b_out
+
+    def hidden(self, normed: Tensor) -> Tensor:
+        """Its hidden layer, ``[..., d_mlp]``, at streams ``x / σ``: the site ``mlp_post``."""
         hidden = normed @ self.w_in + self.b_in
         if self.gate is None or self.gate_bias is None:
-            hidden = self.activation(hidden)
-        else:
-            hidden = self.activation(normed @ self.gate + self.gate_bias) * hidden
-        return hidden @ self.w_out + self.b_out
+            return self.activation(hidden)
+        return self.activation(normed @ self.gate + self.gate_bias) * hidden

@@ -30,7 +30,7 @@ hookimpl = pluggy.HookimplMarker("circuitlab")
 
 
 @hookspec
-def register_analyses(register: Callable[[str, AnalysisFunction], None]) -> None:
+def register_analyses(register: Callable[..., None]) -> None:
     """Offer analyses: call ``register(name, function)`` once for each.
 
     ``function(model: TracedModel, task: Task, *, option=default, ...) -> CircuitGraph``. The name
@@ -38,7 +38,11 @@ def register_analyses(register: Callable[[str, AnalysisFunction], None]) -> None
     typed int, float, str, bool, Path or Literal, or a union of these with Literal or None; help
     text by ``Annotated[int, "..."]``. The docstring's first line is the analysis's help. With
     ``task=None`` for the second parameter the analysis also runs where no task is given and the
-    model has none of its own. Called for ``--help`` too: do not import torch or run a model here.
+    model has none of its own. With ``register(name, function, stream_only=True)`` it also runs on a
+    model whose family no plugin describes: there are only ``resid_pre``, ``resid_post`` and
+    logits, and no ``wiring``. With ``shards={"scope": "edges"}`` it can be split into shards when
+    these options have these values (``{}``: always), see ``circuitlab.sharded``. Called for
+    ``--help`` too: do not import torch or run a model here.
     """
 
 
@@ -65,13 +69,13 @@ def register_exporters(register: Callable[[str, Exporter], None]) -> None:
 
 
 @hookspec
-def register_commands(register: Callable[[str, CommandFunction], None]) -> None:
+def register_commands(register: Callable[..., None]) -> None:
     """Offer commands beside ``trace``: call ``register("group name", function)`` once for each.
 
-    One or two kebab-case words: ``circuitlab dict train`` is ``dict train``. The function is called
-    as ``function(model: TracedModel, *, option=default, ...)``; its options are read as those of an
-    analysis. It returns what it found by label, plain JSON, and shows progress by
-    ``circuitlab.track``. Do not import torch or run a model here.
+    One or two kebab-case words: ``circuitlab dict train`` is ``dict train``. It is called as
+    ``function(model: TracedModel, *, option=default, ...)``; its options are read as those of an
+    analysis, and so is ``stream_only``. It returns what it found by label, plain JSON, and shows
+    progress by ``circuitlab.track``. Do not import torch or run a model here.
     """
 
 

@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
-from circuitlab.errors import OptionError
+from circuitlab.errors import OptionError, ResourceError
+from circuitlab.progress import tell
 
 if TYPE_CHECKING:
     from circuitlab.model import TracedModel
     from circuitlab.prompts import EncodedTask
 
+Kind = Literal["pairs", "patches"]
+Result = TypeVar("Result")
+
 #: Bytes that one batch's sources and receivers may take, when the batch size is not given.
 PAIRS = 256 * 2**20
 #: Bytes that the residual streams of the patches run together may take, by type of device. On a CPU
-#: what fits into its caches is fastest.
-PATCHES = {"cpu": 3 * 2**20, "cuda": 512 * 2**20}
+#: what fits into its caches is fastest; of a host's, they travel.
+PATCHES = {"cpu": 3 * 2**20, "cuda": 512 * 2**20, "remote": 32 * 2**20}
 #: Batches of patches whose receivers answer in one pass.
 TOGETHER = 8
+
+
+@dataclass
+class _Caps:
+    """How much may run at once since memory ran out, and the most that was asked for since then."""
+
+    most: dict[Kind, int] = field(default_factory=dict)
+    asked: dict[Kind, int] = field(default_factory=dict)
+
+    def halve(self) -> str:
+        """Allow half of what was asked for; says so.
+
+        Raises:
+            ResourceError: it was one of each.
+        """
+        large = {kind: size for kind, size in self.asked.items() if size > 1}
+        if not large:
+            raise ResourceError(
+                "out of memory with one pair and one patch at a time: use shorter prompts, a "
+                "narrower type (--dtype bfloat16), another device, or --remote"
+            )
+        self.most |= {kind: size // 2 for kind, size in large.items()}
+        self.asked.clear()
+        told = ", ".join(f"{kind} {size} → {size // 2}" for kind, size in large.items())
+        return f"out of memory: batches are halved, {told}"
+
+
+_caps: ContextVar[_Caps | None] = ContextVar("circuitlab_caps", default=None)
 
 
 def choose_batch_size(model: TracedModel, pairs: EncodedTask, asked: int | None = None) -> int:
@@ -28,7 +64,7 @@ def choose_batch_size(model: TracedModel, pairs: EncodedTask, asked: int | None 
     Args:
         model: Any traced model.
         pairs: The encoded task.
-        asked: A size that is taken as it is, where one is given.
+        asked: A size that is taken as it is, where one is given, as long as memory suffices.
 
     Raises:
         OptionError: the size asked for is below 1.
@@ -36,17 +72,76 @@ def choose_batch_size(model: TracedModel, pairs: EncodedTask, asked: int | None 
     if asked is not None:
         if asked < 1:
             raise OptionError(f"batch size {asked} is too small; use 1 or more, or auto")
-        return asked
-    ends = len(model.wiring.sources) + len(model.wiring.receivers)
+        return _capped("pairs", asked, len(pairs))
+    if model.architecture.blocks_only:
+        ends = 2 * model.n_layers
+    else:
+        ends = len(model.wiring.sources) + len(model.wiring.receivers)
     width = torch.promote_types(model.dtype, torch.float32).itemsize
     per_pair = ends * pairs.clean.ids.shape[1] * model.d_model * width
-    return max(1, min(len(pairs), PAIRS // max(1, per_pair)))
+    return _capped("pairs", max(1, min(len(pairs), PAIRS // max(1, per_pair))), len(pairs))
 
 
 def patches_at_once(model: TracedModel, n_pairs: int, n_positions: int) -> int:
     """How many patches of so many pairs are best run together, as rows of one batch."""
-    memory = PATCHES.get(model.device.type, PATCHES["cuda"])
-    return max(1, memory // (n_pairs * n_positions * model.d_model * model.dtype.itemsize))
+    kind = "remote" if model.remote else model.device.type
+    memory = PATCHES.get(kind, PATCHES["cuda"])
+    each = n_pairs * n_positions * model.d_model * model.dtype.itemsize
+    return _capped("patches", max(1, memory // each))
+
+
+def patches_together(at_once: int) -> int:
+    """Patches whose receivers answer in one pass, of so many run together after it."""
+    caps = _caps.get()
+    return at_once if caps is not None and caps.most else TOGETHER * at_once
+
+
+def _capped(kind: Kind, size: int, n: int | None = None) -> int:
+    """The size, or what is allowed of it; there are only ``n`` to run."""
+    caps = _caps.get()
+    if caps is None:
+        return size
+    allowed = min(size, caps.most.get(kind, size))
+    needed = allowed if n is None else min(allowed, n)
+    caps.asked[kind] = max(needed, caps.asked.get(kind, 1))
+    return allowed
+
+
+@contextmanager
+def as_planned() -> Iterator[None]:
+    """Sizes chosen inside are those of a run whose memory suffices."""
+    token = _caps.set(None)
+    try:
+        yield
+    finally:
+        _caps.reset(token)
+
+
+def fitting(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns; where memory runs out, it is done again with batches half as large.
+
+    What its checkpoints have kept is not done again. Sums over batches of another size may differ
+    in their last bits.
+
+    Raises:
+        ResourceError: memory runs out with one pair and one patch at a time.
+    """
+    caps = _Caps()
+    token = _caps.set(caps)
+    try:
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                try:
+                    tell([caps.halve()])
+                except ResourceError as refusal:
+                    raise refusal from error
+            # Behind the block that holds the error, and by it the tensors of what failed.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    finally:
+        _caps.reset(token)
 
 
 @cache

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from circuitlab.architectures import Architecture
+from circuitlab.attending import Attention
 from circuitlab.errors import GraphError, ModelError, NumericsError, SiteError
 from circuitlab.fresh import fresh_weights
 from circuitlab.labels import counted
-from circuitlab.norms import pull_back
 from circuitlab.plans import Ending, Locator, make_plan
 from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
-from circuitlab.run import Run
+from circuitlab.receivers import Receivers
+from circuitlab.run import AwaitedRun, Run
 from circuitlab.sites import Site
 from circuitlab.tokenization import token_texts
-from circuitlab.tracing import Tracer
+from circuitlab.tracing import Done, Engine, Pass, Tracer
 from circuitlab.weights import Weights
 from circuitlab.wiring import PORTS
+from circuitlab.writes import source_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ class TracedModel:
         architecture: Module paths and sizes.
         tokenizer: None for a model that reads token ids.
         weights: Its weights by head and by reader, as they are or with norms folded in.
+        attention: What its heads make of queries, keys and values, by the architecture.
         revision: Commit of a hub model, or digest of bundled weights; None where unknown.
         task_name: Name of the task a bundled model was made for; None otherwise.
     """
@@ -55,6 +58,7 @@ class TracedModel:
         task_name: str | None = None,
         corpus: Callable[[int, int], Sequence[Prompt]] | None = None,
         fresh: Callable[[int], PreTrainedModel] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.name = name
         self.architecture = architecture
@@ -65,11 +69,14 @@ class TracedModel:
         self._fresh = fresh
         self._module = module
         self._locator = Locator(architecture)
-        self._tracer = Tracer(module)
+        self._engine = Tracer(module) if engine is None else engine
         self.weights = Weights(module, self._locator)
+        self.attention = Attention(module, architecture)
+        self._receivers = Receivers(architecture, self.weights, self.attention)
 
     def __repr__(self) -> str:
-        size = f"{counted(self.n_layers, 'layer')}, {counted(self.n_heads, 'head')}"
+        inside = "blocks alone" if self.architecture.blocks_only else counted(self.n_heads, "head")
+        size = f"{counted(self.n_layers, 'layer')}, {inside}"
         return (
             f"TracedModel({self.name!r}, {self.architecture.family}, {size}, "
             f"d_model {self.d_model}, {self.dtype} on {self.device})"
@@ -103,7 +110,7 @@ class TracedModel:
     @property
     def vocab_size(self) -> int:
         """Number of logits."""
-        return int(self._module.config.vocab_size)
+        return int(self._module.config.get_text_config().vocab_size)
 
     @property
     def n_parameters(self) -> int:
@@ -119,6 +126,20 @@ class TracedModel:
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self._module.parameters()).dtype
+
+    @property
+    def remote(self) -> bool:
+        """Whether passes run on a host.
+
+        There each look at the outcome of a run is a round trip, which all runs started before it
+        share: start what can be started before you look at any.
+        """
+        return self._engine.remote
+
+    @property
+    def weights_digest(self) -> str:
+        """Short digest of the weights; of a model on a host, what the host calls it."""
+        return self._engine.weights_digest
 
     @cached_property
     def wiring(self) -> Wiring:
@@ -173,8 +194,13 @@ class TracedModel:
         stays: tokenizer, corpus, type and device.
 
         Raises:
-            ModelError: the family leaves a weight as it was.
+            ModelError: the family leaves a weight as it was, or the weights are on a host.
         """
+        if self.remote:
+            raise ModelError(
+                f"model {self.name!r} is on a host, which runs the weights it has; leave out "
+                f"controls with new weights, or load the model here"
+            )
         make: Callable[[int], Any] = self._fresh or partial(fresh_weights, self._module)
         return TracedModel(
             make(seed).to(device=self.device, dtype=self.dtype).requires_grad_(False),
@@ -209,7 +235,7 @@ class TracedModel:
                 prompt ``[batch]``; prompts do not influence one another, so the gradient of the
                 sum is each prompt's own.
             gradient_at: Sites to differentiate at. At ``mlp_in`` the gradient is the MLP's alone.
-                q, k and v are read too, and the ``resid_pre`` of their layer.
+                q, k, v and z are read too, and the ``resid_pre`` of the layer of q, k or v.
             logits: Unembed only the last position, or all of them, or stop after the last site.
             vocabulary: Unembed only these tokens, ``[n]``; ``run.logits`` is ``[batch, pos, n]``.
 
@@ -222,7 +248,7 @@ class TracedModel:
         """
         tokens = prompts if isinstance(prompts, Tokens) else self.tokens(prompts)
         asked, differentiated = list(read), list(gradient_at)
-        for site in (*asked, *differentiated):
+        for site in (*asked, *differentiated, *(write or ())):
             self._locator.check(site)
         self._check_patterns(asked)
         taps = sorted({site.whole for site in differentiated})
@@ -231,6 +257,7 @@ class TracedModel:
         kept = {site.whole for site in asked}
         ports = [tap for tap in taps if tap.kind in PORTS]
         kept |= {*ports, *(Site("resid_pre", tap.layer) for tap in ports)}
+        kept |= {tap for tap in taps if tap.kind == "z"}
         # Differentiation starts at the stream that feeds the first tap.
         start = [Site("resid_pre", taps[0].layer)] if taps and taps[0].layer is not None else []
         written = {
@@ -239,19 +266,29 @@ class TracedModel:
         }
         ending = Ending(logits != "all", vocabulary, logits == "none")
         plan = make_plan(self._locator, kept, written, [*start, *taps], ending)
-        done = self._tracer.execute(tokens, plan, keep_all=logits == "all")
-        if logits == "none":
-            none = done.logits[:, :0, :0].detach()
-            return Run(tokens, none, done.read, {}, self._locator)
+        finish = self._engine.start(Pass(tokens, plan, logits == "all", gradient_of))
+
+        def outcome() -> Run:
+            return self._finished(finish(), tokens, written, logits == "none")
+
+        return AwaitedRun(tokens, self._locator, outcome) if self.remote else outcome()
+
+    def _finished(
+        self, done: Done, tokens: Tokens, written: Mapping[Site, Tensor], stopped: bool
+    ) -> Run:
+        """What a pass gave, if it is finite."""
+        if stopped:
+            return Run(tokens, done.logits[:, :0, :0], done.read, {}, self._locator)
         if not torch.isfinite(done.logits).all():
             raise self._nonfinite(tokens, done.logits, written)
-        gradients = {} if gradient_of is None else done.gradients(gradient_of)
-        return Run(tokens, done.logits.detach(), done.read, gradients, self._locator)
+        return Run(tokens, done.logits, done.read, done.gradients, self._locator)
 
     @cached_property
     def source_sites(self) -> tuple[Site, ...]:
         """What :meth:`source_outputs` needs read."""
         layers = range(self.n_layers)
+        if self.architecture.blocks_only:
+            return (Site("resid_pre", 0), *(Site("resid_post", layer) for layer in layers))
         per_layer = [(Site("z", layer), Site("mlp_out", layer)) for layer in layers]
         return (Site("resid_pre", 0), *(site for pair in per_layer for site in pair))
 
@@ -272,15 +309,16 @@ class TracedModel:
     @cached_property
     def receiver_sites(self) -> tuple[Site, ...]:
         """What :meth:`receiver_gradients` needs as ``gradient_at``."""
-        kinds = (*PORTS, "mlp_in")
-        sites = [Site(kind, layer) for layer in range(self.n_layers) for kind in kinds]
-        return (*sites, Site("resid_post", self.n_layers - 1))
+        return self._receivers.sites
 
     def source_outputs(self, run: Run, *, less: Run | None = None) -> Tensor:
         """What each source writes to the residual stream, ``[n_sources, batch, pos, d_model]``.
 
         Sources are ``wiring.sources``. A head's output is ``z @ W_O`` without the output bias, an
-        MLP's has its bias. At least float32; 0 where a prompt of ``run`` is padded.
+        MLP's has its bias. Where a norm stands behind the attention, a head's output is its share
+        of the normed sum: divided by the scale that the sum has in that very run. Of a model of
+        which only the blocks are known, sources are the embedding and what each block adds. At
+        least float32; 0 where a prompt of ``run`` is padded.
 
         Args:
             run: A run that read :attr:`source_sites`.
@@ -289,28 +327,13 @@ class TracedModel:
         Raises:
             SiteError: a run did not read :attr:`source_sites`.
         """
-
-        def value(site: Site) -> Tensor:
-            return run[site] if less is None else run[site] - less[site]
-
-        batch, pos = run.mask.shape
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        outputs = torch.empty(
-            len(self.wiring.sources), batch, pos, self.d_model, dtype=dtype, device=self.device
-        )
-        outputs[0] = value(Site("resid_pre", 0))
-        for layer in range(self.n_layers):
-            first = self.wiring.first_source(layer)
-            heads = outputs[first : first + self.n_heads].view(self.n_heads, batch * pos, -1)
-            z = value(Site("z", layer)).to(dtype).flatten(0, 1).transpose(0, 1)
-            torch.matmul(z, self.weights.heads(layer, "o").to(dtype), out=heads)
-            outputs[first + self.n_heads] = value(Site("mlp_out", layer))
-        if not run.mask.all():
-            outputs.mul_(run.mask[None, :, :, None])
-        return outputs
+        return source_outputs(self, run, less)
 
     def receiver_gradients(self, *runs: Run) -> Iterator[tuple[ReceiverBlock, Tensor]]:
         """Gradients at the receivers' inputs, mean over runs, one block of receivers at a time.
+
+        Heads that share keys and values, or a norm of their queries or keys, have gradients of
+        their own all the same: of what reaches the shared key as this head alone reads it.
 
         Yields:
             A block of ``wiring.blocks()`` and the gradient at each of its receivers' own reading of
@@ -319,35 +342,9 @@ class TracedModel:
 
         Raises:
             SiteError: a run did not differentiate at :attr:`receiver_sites`.
+            ModelError: heads share, and attend otherwise than the architecture says.
         """
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        last = Site("resid_post", self.n_layers - 1)
-        for block in self.wiring.blocks():
-            if block.kind == "attention":
-                yield block, self._attention_gradients(runs, block.layer, dtype)
-                continue
-            site = last if block.kind == "logits" else Site("mlp_in", block.layer)
-            total = runs[0].gradient(site).to(dtype)
-            for run in runs[1:]:
-                total = total + run.gradient(site)
-            yield block, (total / len(runs))[None]
-
-    def _attention_gradients(self, runs: Sequence[Run], layer: int, dtype: torch.dtype) -> Tensor:
-        """q, k and v gradients of a layer, carried back through projection and norm."""
-        batch, pos = runs[0].mask.shape
-        heads = [Site(port, layer) for port in PORTS]
-
-        def gathered(kept: Callable[[Run, Site], Tensor]) -> Tensor:
-            """``[runs, 3 * n_heads, batch * pos, d_head]`` of all ports."""
-            ports = [torch.cat([kept(run, site) for site in heads], 2) for run in runs]
-            return torch.stack(ports).to(dtype).flatten(1, 2).transpose(1, 2)
-
-        gradients = gathered(lambda run, site: run.gradient(site))
-        values = gathered(lambda run, site: run[site])
-        streams = torch.stack([run[Site("resid_pre", layer)] for run in runs]).to(dtype)
-        readers = self.weights.readers(layer, dtype)
-        gradient = pull_back(readers, streams.flatten(1, 2), values, gradients)
-        return gradient.view(-1, batch, pos, self.d_model)
+        return self._receivers.gradients(runs, torch.promote_types(self.dtype, torch.float32))
 
     def _check_patterns(self, asked: Sequence[Site]) -> None:
         kind = getattr(self._module.config, "_attn_implementation", None) or "eager"
@@ -361,10 +358,11 @@ class TracedModel:
         self, tokens: Tokens, logits: Tensor, write: Mapping[Site, Tensor]
     ) -> NumericsError:
         """The error that names the first site, in forward order, that is not finite."""
-        kinds = ("resid_pre", *PORTS, "z", "attn_out", "mlp_out", "resid_post")
+        inside = () if self.architecture.blocks_only else (*PORTS, "z", "attn_out", "mlp_out")
+        kinds = ("resid_pre", *inside, "resid_post")
         sites = sorted(Site(k, layer) for k in kinds for layer in range(self.n_layers))
         plan = make_plan(self._locator, sites, write, ())
-        values = self._tracer.execute(tokens, plan, keep_all=False).read
+        values = self._engine.start(Pass(tokens, plan))().read
         run = Run(tokens, logits, values, {}, self._locator)
         first, where = logits, "logits"
         for site in sites:

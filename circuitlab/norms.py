@@ -41,9 +41,30 @@ class Norm:
         plain = stream - stream.mean(-1, keepdim=True) if self.centred else stream
         nothing = (plain == 0).all(-1, keepdim=True)
         plain = torch.where(nothing, tiny, plain)
-        given = _in_type(module, stream.dtype)(torch.where(nothing, tiny, stream))
+        given = in_type(module, stream.dtype)(torch.where(nothing, tiny, stream))
         plain, given = plain * self.gain.to(stream.dtype), given - self.shift.to(stream.dtype)
         return (plain * plain).sum(-1, keepdim=True) / (plain * given).sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def shares(module: nn.Module, parts: Tensor) -> Tensor:
+    """What each part is of the norm of their sum: divided by the sum's scale, times the gain.
+
+    A norm's shift and what a bias adds to the sum belong to no part: without both, the shares sum
+    to what the norm gives.
+
+    Args:
+        module: A LayerNorm, an RMSNorm or an identity.
+        parts: ``[parts, ..., d_model]``, changed in place.
+
+    Raises:
+        ModelError: it is another kind of norm.
+    """
+    norm = read_norm(module, parts.shape[-1])
+    scale = norm.scale(module, parts.sum(0))
+    if norm.centred:
+        parts -= parts.mean(-1, keepdim=True)
+    return parts.mul_(norm.gain.to(parts)).div_(scale)
 
 
 #: Rows made float64 at once.
@@ -70,7 +91,7 @@ def read_norm(module: nn.Module, width: int) -> Norm:
     """
     parameters = [tensor.detach().double() for tensor in module.state_dict().values()]
     device = next((tensor.device for tensor in parameters), torch.device("cpu"))
-    norm = _in_type(module, torch.float64)
+    norm = in_type(module, torch.float64)
     generator = torch.Generator().manual_seed(0)
     tried = torch.randn(8, width, dtype=torch.float64, generator=generator) * _LARGE
     tried = tried.to(device)
@@ -96,7 +117,7 @@ def read_norm(module: nn.Module, width: int) -> Norm:
     return Norm(gain, shift, centred, scaled)
 
 
-def _in_type(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def in_type(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The norm with parameters of another type."""
     state = {name: tensor.detach().to(dtype) for name, tensor in module.state_dict().items()}
 
@@ -137,8 +158,8 @@ class Readers:
 def pull_back(readers: Readers, streams: Tensor, values: Tensor, gradients: Tensor) -> Tensor:
     """The gradient at the stream of each reader's own reading of it, mean over runs.
 
-    The norm is differentiated, not frozen: its scale depends on the stream. LayerNorm has a closed
-    form that costs one product for all runs; any other norm goes through autograd.
+    The norm is differentiated, not frozen: its scale depends on the stream. LayerNorm and RMSNorm
+    have a closed form that costs one product for all runs; any other norm goes through autograd.
 
     Args:
         readers: Who reads.
@@ -154,7 +175,17 @@ def pull_back(readers: Readers, streams: Tensor, values: Tensor, gradients: Tens
     if isinstance(norm, nn.Identity):
         return gradients.mean(0) @ back
     if type(norm) is nn.LayerNorm and norm.normalized_shape == streams.shape[-1:]:
-        return _layer_norm(readers, norm, streams, values, gradients)
+        variance, mean = torch.var_mean(streams, -1, correction=0, keepdim=True)
+        scale = torch.rsqrt(variance + norm.eps)
+        weight = readers.weight
+        if norm.weight is not None:
+            weight = weight * norm.weight.detach().to(weight.dtype)[:, None]
+        weight = weight - weight.mean(1, keepdim=True)
+        return _closed_form(readers, weight, (streams - mean) * scale, scale, values, gradients)
+    if (known := _root_mean_square(norm, streams.shape[-1])) is not None:
+        scale = 1 / known.scale(norm, streams)
+        weight = known.fold(readers.weight)
+        return _closed_form(readers, weight, streams * scale, scale, values, gradients)
     total = torch.zeros(len(back), *streams.shape[1:], dtype=streams.dtype, device=streams.device)
     for stream, gradient in zip(streams, gradients, strict=True):
         with torch.enable_grad():
@@ -163,24 +194,41 @@ def pull_back(readers: Readers, streams: Tensor, values: Tensor, gradients: Tens
     return total / len(streams)
 
 
-def _layer_norm(
-    readers: Readers, norm: nn.LayerNorm, streams: Tensor, values: Tensor, gradients: Tensor
-) -> Tensor:
-    """LayerNorm's closed form, for all runs at once.
+def _root_mean_square(module: nn.Module, width: int) -> Norm | None:
+    """The norm as a formula if it divides by the stream's size and does no more."""
+    try:
+        known = read_norm(module, width)
+    except ModelError:
+        return None
+    plain = known.scaled and not known.centred and not known.shift.any()
+    return known if plain else None
 
-    With ``n`` the normalised stream, ``s`` its scale and ``G = g (weight W)^T`` centred, one run
-    gives ``s (G - n mean(n G))``. The first term is linear in ``g``, so runs are summed before
-    the product. In the second, ``n . G = g . (n weight W)``, and that is the projection's own
-    value less what it gives at the shift: nothing of size d_model is made per reader and run.
+
+def _closed_form(
+    readers: Readers,
+    weight: Tensor,
+    normal: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    gradients: Tensor,
+) -> Tensor:
+    """LayerNorm's and RMSNorm's closed form, for all runs at once.
+
+    With ``n`` the normalised stream, ``s`` what it was multiplied by and ``G = g (weight W)^T``,
+    centred where the norm centres, one run gives ``s (G - n mean(n G))``. The first term is linear
+    in ``g``, so runs are summed before the product. In the second, ``n . G = g . (n weight W)``,
+    and that is the projection's own value less what it gives at the shift: nothing of size d_model
+    is made per reader and run.
+
+    Args:
+        readers: Who reads.
+        weight: Their projections with the norm's gain, centred where it centres.
+        normal: ``n``, ``[runs, tokens, d_model]``.
+        scale: ``s``, ``[runs, tokens, 1]``.
+        values: What the projections gave, ``[runs, readers, tokens, d_head]``.
+        gradients: Gradient there, same shape.
     """
-    n_runs, _, d_model = streams.shape
-    variance, mean = torch.var_mean(streams, -1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + norm.eps)
-    normal = (streams - mean) * scale
-    weight = readers.weight
-    if norm.weight is not None:
-        weight = weight * norm.weight.detach().to(weight.dtype)[:, None]
-    weight = weight - weight.mean(1, keepdim=True)
+    n_runs, _, d_model = normal.shape
     scaled = gradients * (scale / n_runs)[:, None]
     along = (scaled * (values - readers.at_shift[:, None])).sum(-1) / d_model
     result = scaled.sum(0) @ weight.transpose(-1, -2)

@@ -24,7 +24,7 @@ COMMON = frozenset(
 #: Those of every analysis.
 COMMON_TO_ANALYSES = COMMON | {
     "task", "task_file", "clean", "corrupt", "answer", "wrong", "metric", "align", "n_prompts",
-    "allow_weak", "output", "force", "annotate", "fail_under", "resume",
+    "allow_weak", "output", "force", "annotate", "fail_under", "resume", "run", "shard",
 }  # fmt: skip
 
 _SCALARS: tuple[type, ...] = (int, float, str, bool, Path)

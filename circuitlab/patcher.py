@@ -9,7 +9,7 @@ position reaches the unembedding, and only the logits that the metric looks at.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -17,9 +17,15 @@ import torch
 from torch import Tensor
 
 from circuitlab.ablation import Ablation, Ablator
+from circuitlab.answers import HeadAnswers
 from circuitlab.edge_sets import score_sets
 from circuitlab.errors import OptionError, SiteError
-from circuitlab.memory import TOGETHER, choose_batch_size, keep_freed_memory, patches_at_once
+from circuitlab.memory import (
+    choose_batch_size,
+    keep_freed_memory,
+    patches_at_once,
+    patches_together,
+)
 from circuitlab.metrics import Answers
 from circuitlab.model import TracedModel
 from circuitlab.prompts import EncodedTask, Tokens
@@ -87,11 +93,13 @@ class Patcher:
         self.model, self.pairs, self.mode = model, pairs, mode
         self._narrow, self._vocabulary = pairs.narrowed()
         layers = range(model.n_layers)
-        kinds = ("resid_pre", *PORTS, "attn_out")
+        inside = () if model.architecture.blocks_only else (*PORTS, "attn_out")
+        kinds = ("resid_pre", *inside)
         sites = [*model.source_sites, *(Site(kind, n) for n in layers for kind in kinds)]
         sites.append(Site("resid_post", model.n_layers - 1))
         base = pairs.clean if mode == "noise" else pairs.corrupt
         self.base = model.run(base, read=sites, vocabulary=self._vocabulary)
+        self._answers = HeadAnswers(self, self._run)
         if mode == "noise":
             difference, other = ablator.difference(pairs, self.base)
             embedding = self.base[Site("resid_pre", 0)]
@@ -150,19 +158,35 @@ class Patcher:
         Returns:
             Change of z, ``[n, batch, pos, n_heads, d_head]``.
         """
-        n = max(map(len, change.values()))
-        written: dict[str, Tensor] = {
-            port: self._projected(layer, port, change[port])
-            if port in change
-            else self.base[Site(port, layer)][None]
-            for port in PORTS
-        }
-        spread = {port: value.expand(n, -1, -1, -1, -1) for port, value in written.items()}
-        return self._heads_from(layer, spread)
+        return self._answers.z(layer, change)
 
     def head_output(self, layer: int, head: int, z_change: Tensor) -> Tensor:
-        """What a change of z, ``[..., d_head]``, adds to the stream, ``[..., d_model]``."""
-        return z_change @ self.model.weights.heads(layer, "o")[head]
+        """What one head writes more when its z changes, and that of no other head of the layer.
+
+        Args:
+            layer: The layer.
+            head: The head.
+            z_change: ``[..., batch, pos, d_head]``.
+
+        Returns:
+            ``[..., batch, pos, d_model]``.
+        """
+        return self._answers.writes.alone(layer, head, z_change)
+
+    def heads_output(
+        self, layer: int, z_change: Tensor, groups: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """What heads write more when z changes as given, all heads of the layer at once.
+
+        Args:
+            layer: The layer.
+            z_change: ``[n, batch, pos, n_heads, d_head]``, as from :meth:`attention`.
+            groups: Heads whose writes are summed, none of them twice.
+
+        Returns:
+            ``[n, batch, pos, d_model]`` for each group.
+        """
+        return self._answers.writes.groups(layer, z_change, groups)
 
     def mlp(self, layer: int, change: Tensor) -> Tensor:
         """Change of an MLP's output when ``change`` is added to what it reads.
@@ -201,18 +225,18 @@ class Patcher:
             )
         if kind != "resid_pre":
             change = change[:, :, self._wanted(layer)]
-        return self._scores(site, change)
+        return self._score(self._begin(site, change).logits[:, -1])
 
-    def _scores(self, site: Site, change: Tensor) -> Tensor:
-        """The same; ``change`` may be of the last position alone, where that is all that counts."""
+    def _begin(self, site: Site, change: Tensor) -> Run:
+        """That run; ``change`` may be of the last position alone, where that is all that counts."""
         layer = site.layer
         assert layer is not None
         stream = self.stream(site)[:, -change.shape[2] :] + change
         if site.kind == "resid_mid":
-            return self._finish(layer, self._after_attention(layer, stream))
+            return self._run(layer, self._after_attention(layer, stream))
         if site.kind == "resid_post" and layer + 1 < self.model.n_layers:
             layer, site = layer + 1, Site("resid_pre", layer + 1)
-        return self._finish(layer, {site: stream})
+        return self._run(layer, {site: stream})
 
     def _wanted(self, layer: int) -> slice:
         """Positions that count after the attention of a layer: behind the last one, the last."""
@@ -226,59 +250,52 @@ class Patcher:
             NumericsError: an activation is not finite.
         """
         scores = self.base_score.new_zeros(len(edges), len(self))
-        for block, rows in self.model.wiring.by_block(edges):
-            for i in range(0, len(rows), TOGETHER * self.at_once):
-                part = rows[i : i + TOGETHER * self.at_once]
-                scores[part] = self._edges_into(block, [edges[row] for row in part])
+        step = patches_together(self.at_once)
+        parts = [
+            (block, rows[i : i + step])
+            for block, rows in self.model.wiring.by_block(edges)
+            for i in range(0, len(rows), step)
+        ]
+        # On a host all are begun before the outcome of one is looked at.
+        size = max(1, len(parts)) if self.model.remote else 1
+        for i in range(0, len(parts), size):
+            some = parts[i : i + size]
+            begun = [self._edges_into(block, [edges[row] for row in rows]) for block, rows in some]
+            answered = [go_on() for go_on in begun]
+            for (_, rows), finish in zip(some, answered, strict=True):
+                scores[rows] = finish()
         return scores
 
-    def _edges_into(self, block: ReceiverBlock, edges: Sequence[Edge]) -> Tensor:
-        """``[edges, batch]`` for edges into one block."""
-        layer, wiring = block.layer, self.model.wiring
-        if block.kind == "attention":
-            change = self._answers(layer, edges)
-            kind = "resid_post" if wiring.parallel else "resid_mid"
-        else:
-            rows = [wiring.source_rows[edge.source] for edge in edges]
-            change = self.difference[:, :, self._wanted(layer)][rows]
-            kind, layer = "resid_post", layer - (block.kind == "logits")
-        # A single position of many patches takes less room than all positions of a few.
-        size = self.at_once if change.shape[2] > 1 else len(edges)
-        parts = [change[i : i + size] for i in range(0, len(edges), size)]
-        if block.kind == "mlp":
-            return torch.cat([self._finish(layer, self._mlp_writes(layer, c)) for c in parts])
-        return torch.cat([self._scores(Site(kind, layer), c) for c in parts])
+    def _edges_into(
+        self, block: ReceiverBlock, edges: Sequence[Edge]
+    ) -> Callable[[], Callable[[], Tensor]]:
+        """``[edges, batch]`` for edges into one block, in three steps.
 
-    def _answers(self, layer: int, edges: Sequence[Edge]) -> Tensor:
-        """What the heads that read patched edges write more, ``[edges, batch, pos, d_model]``.
-
-        Only the positions that count. A head's answer does not depend on what other heads read, so
-        one row of a pass serves all heads that read the same source through the same port.
+        Heads have begun to answer; called, all that follows has begun; called again, the metric.
         """
-        rows: dict[str, dict[str, int]] = {port: {} for port in PORTS}
-        for edge in edges:
-            rows[edge.port].setdefault(edge.source, len(rows[edge.port]))
-        n = sum(map(len, rows.values()))
-        base: dict[str, Tensor] = {port: self.base[Site(port, layer)] for port in PORTS}
-        written: dict[str, Tensor] = {
-            p: v.expand(n, *v.shape).clone() for p, v in base.items() if rows[p]
-        }
-        first: dict[str, int] = {}
-        total = 0
-        for port, sources in rows.items():
-            if sources:
-                first[port] = total
-                changed = self.difference[[self.model.wiring.source_rows[s] for s in sources]]
-                part = slice(total, total + len(sources))
-                written[port][part] = self._projected(layer, port, changed)
-                total += len(sources)
-        for port in PORTS:
-            written.setdefault(port, base[port].expand(n, *base[port].shape))
-        moved = self._heads_from(layer, written)[:, :, self._wanted(layer)]
-        heads = [self.model.wiring.component(edge.target).head for edge in edges]
-        own = moved[[first[e.port] + rows[e.port][e.source] for e in edges], :, :, heads]
-        answers = torch.bmm(own.flatten(1, 2), self.model.weights.heads(layer, "o")[heads])
-        return answers.view(*own.shape[:3], -1)
+        answers = None
+        if block.kind == "attention":
+            answers = self._answers.to_edges(block.layer, edges, self._wanted(block.layer))
+
+        def go_on() -> Callable[[], Tensor]:
+            layer, wiring = block.layer, self.model.wiring
+            if answers is not None:
+                change = answers()
+                kind = "resid_post" if wiring.parallel else "resid_mid"
+            else:
+                rows = [wiring.source_rows[edge.source] for edge in edges]
+                change = self.difference[:, :, self._wanted(layer)][rows]
+                kind, layer = "resid_post", layer - (block.kind == "logits")
+            # A single position of many patches takes less room than all positions of a few.
+            size = self.at_once if change.shape[2] > 1 else len(edges)
+            parts = [change[i : i + size] for i in range(0, len(edges), size)]
+            if block.kind == "mlp":
+                runs = [self._run(layer, self._mlp_writes(layer, part)) for part in parts]
+            else:
+                runs = [self._begin(Site(kind, layer), part) for part in parts]
+            return lambda: torch.cat([self._score(run.logits[:, -1]) for run in runs])
+
+        return go_on
 
     def sets(self, sets: Sequence[Collection[Edge]] | Tensor) -> Tensor:
         """The metric with each set of edges patched together, ``[n_sets, batch]``, float64.
@@ -299,19 +316,6 @@ class Patcher:
 
     # --- passes -----------------------------------------------------------------------------------
 
-    def _projected(self, layer: int, port: str, change: Tensor) -> Tensor:
-        """q, k or v ``[n, batch, pos, n_heads, d_head]`` of the base stream plus ``change``."""
-        stream = self.base[Site("resid_pre", layer)] + change
-        return self.model.weights.projected(Site(port, layer), stream, per_head=change.ndim == 5)
-
-    def _heads_from(self, layer: int, ports: Mapping[str, Tensor]) -> Tensor:
-        """Change of z when the ports hold these values, ``[n, batch, pos, n_heads, d_head]``."""
-        site = Site("z", layer)
-        write = {Site(port, layer): value for port, value in ports.items()}
-        run = self._run(layer, write, read=[site])
-        z = self.base[site]
-        return run[site].view(-1, *z.shape) - z
-
     def _mlp_writes(self, layer: int, change: Tensor) -> dict[Site, Tensor]:
         """Writes after which only the MLP of a layer reads something else."""
         heard = self.stream(Site("resid_pre" if self.model.wiring.parallel else "resid_mid", layer))
@@ -324,10 +328,6 @@ class Patcher:
         """Writes that begin a layer after its attention: the stream as it is then, and no more."""
         nothing = stream.new_zeros(1, 1, 1, 1).expand_as(stream)
         return {Site("resid_pre", layer): stream, Site("attn_out", layer): nothing}
-
-    def _finish(self, layer: int, write: Mapping[Site, Tensor]) -> Tensor:
-        """The metric of runs that begin at a layer, ``[n, batch]``."""
-        return self._score(self._run(layer, write).logits[:, -1])
 
     def _run(self, layer: int, write: Mapping[Site, Tensor], read: Sequence[Site] = ()) -> Run:
         """Rows of many patches as one batch, from the base stream of a layer on.

@@ -7,7 +7,8 @@ is all that a trace executes, so an analysis never writes a trace and a plan can
                                outputs where ``n`` is not 0
     ("pass", path)             the module is not run and returns its input
     ("last", path)             the module reads the last position alone
-    ("fork", path, norm)       so does the block, but for its norm, which reads all positions
+    ("fork", path, reader)     so does the block, but for its norm, or its attention where it has
+                               no norm before it, which reads all positions
     ("widen", path)            the module's output is repeated to all positions
     ("unembed", path, ids)     the unembedding gives the logits of these tokens
     ("write", path, side, item, index, tensor)   what the module reads or returns, replaced there
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from circuitlab.architectures import Architecture
+from circuitlab.architectures import STREAM_KINDS, Architecture
 from circuitlab.errors import SiteError
 from circuitlab.sites import BLOCK_KINDS, HEAD_KINDS, Site
 from circuitlab.wiring import PORTS
@@ -70,8 +71,11 @@ class Locator:
 
         Raises:
             SiteError: names the site and the sizes of the model.
+            ModelError: the site is inside a block of which nothing is known.
         """
         a = self.architecture
+        if site.kind not in STREAM_KINDS:
+            a.described()
         if site.layer is not None and not 0 <= site.layer < a.n_layers:
             raise SiteError(f"site {site} does not exist: layers run from 0 to {a.n_layers - 1}")
         if site.head is not None and not 0 <= site.head < a.n_heads_of(site.kind):
@@ -102,11 +106,11 @@ class Locator:
             "resid_pre": ("", "input", 0),
             "z": (a.output_projection, "input", 0),
             "pattern": (a.attention, "output", 1),
-            "attn_out": (a.attention, "output", 0),
-            "resid_mid": (a.mlp_norm, "input", 0),
-            "mlp_in": (a.mlp_norm, "branch", 0),
+            "attn_out": (a.attention_post_norm or a.attention, "output", 0),
+            "resid_mid": (a.mlp_entry, "input", 0),
+            "mlp_in": (a.mlp_entry, "branch", 0),
             "mlp_post": (a.mlp_output_projection, "input", 0),
-            "mlp_out": (a.mlp, "output", 0),
+            "mlp_out": (a.mlp_post_norm or a.mlp, "output", 0),
             "resid_post": ("", "output", 0),
         }[kind]
         return Place(a.block(site.layer, path), side, item)
@@ -187,7 +191,8 @@ class Locator:
     def joined(self, values: Mapping[Site, Tensor]) -> Tensor:
         """One projection's output ``[batch, pos, width]`` from the values of all its ports."""
         first = next(iter(values.values()))
-        whole = first.new_empty(*first.shape[:2], len(values) * first.shape[2] * first.shape[3])
+        width = sum(value.shape[2] * value.shape[3] for value in values.values())
+        whole = first.new_empty(*first.shape[:2], width)
         for site, value in values.items():
             self._heads(site, whole).copy_(value)
         return whole
@@ -251,8 +256,7 @@ def _is_branch(site: Site) -> bool:
 def _moment(site: Site) -> tuple[int, int]:
     """Execution order of a site's place: sites at one place share it."""
     layer = -1 if site.layer is None else site.layer
-    kind = {"pattern": "attn_out"}.get(site.kind, site.kind)
-    return layer, BLOCK_KINDS.index(kind) if kind in BLOCK_KINDS else 0
+    return layer, BLOCK_KINDS.index(site.kind) if site.kind in BLOCK_KINDS else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,18 +293,20 @@ def _skips(locator: Locator, asked: _Asked, ending: Ending) -> tuple[list[_Timed
         if site in given or site in asked.tap or site.layer is None or not asked.alone(site):
             continue
         if site.kind == "attn_out" and not asked.at(site.layer, _INSIDE_ATTENTION):
-            path, n_outputs = a.attention, a.attention_outputs
+            path, post_norm, n_outputs = a.attention, a.attention_post_norm, a.attention_outputs
             if site.layer == a.n_layers - 1 and _narrow(a, asked, ending):
                 tensor = tensor[:, -1:]
-            if a.attention_norm != a.mlp_norm:
+            if a.attention_norm and a.attention_norm != a.mlp_norm:
                 norm = a.block(site.layer, a.attention_norm)
                 steps.append((_moment(Site("q", site.layer)), ("pass", norm)))
         elif site.kind == "mlp_out" and not asked.at(site.layer, {"mlp_post"}):
-            path, n_outputs = a.mlp, 0
+            path, post_norm, n_outputs = a.mlp, a.mlp_post_norm, 0
         else:
             continue
         given.add(site)
         steps.append((_moment(site), ("skip", a.block(site.layer, path), tensor, n_outputs)))
+        if post_norm:
+            steps.append((_moment(site), ("skip", a.block(site.layer, post_norm), tensor, 0)))
     for layer in {site.layer for site in asked.write if site.kind in PORTS}:
         assert layer is not None
         for path in sorted({a.projection(port).path for port in PORTS}):
@@ -326,9 +332,12 @@ def _skipped_blocks(a: Architecture, asked: _Asked) -> tuple[list[_Timed], set[S
     if min((-1 if s.layer is None else s.layer for s in others), default=start) < start:
         return [], set()
     value = asked.write[carried]
-    steps = [((layer, -1), ("skip", a.block(layer), value, 0)) for layer in range(start)]
-    nothing = value.new_zeros(1, 1, 1).expand_as(value)
-    return [((-1, 0), ("skip", a.embed, nothing, 0)), *steps], {carried} - asked.tap
+    n_outputs = a.block_outputs
+    steps = [((layer, -1), ("skip", a.block(layer), value, n_outputs)) for layer in range(start)]
+    if not a.blocks_only:  # there the embedding may be of another width than the stream
+        nothing = value.new_zeros(1, 1, 1).expand_as(value)
+        steps.append(((-1, 0), ("skip", a.embed, nothing, 0)))
+    return steps, {carried} - asked.tap
 
 
 def _ends(a: Architecture, asked: _Asked, ending: Ending) -> Iterator[_Timed]:
@@ -336,6 +345,10 @@ def _ends(a: Architecture, asked: _Asked, ending: Ending) -> Iterator[_Timed]:
     sites = {*asked.read, *asked.write, *asked.tap}
     last = a.n_layers - 1
     after = _AFTER_ATTENTION
+    if a.blocks_only:
+        if ending.tokens is not None and not ending.stop:
+            yield (a.n_layers, 0), ("unembed", a.unembedding, ending.tokens)
+        return
     if ending.stop:
         last = max((site.layer for site in sites if site.layer is not None), default=-1)
         for layer in range(last + 1, a.n_layers):
@@ -351,20 +364,20 @@ def _ends(a: Architecture, asked: _Asked, ending: Ending) -> Iterator[_Timed]:
     if _narrow(a, asked, ending):
         # What only the last position's logits depend on is computed for the last position.
         if not asked.at(last, {"attn_out"}):
-            yield (last, 0), ("fork", a.block(last), a.block(last, a.attention_norm))
+            yield (last, 0), ("fork", a.block(last), a.block(last, a.attention_entry))
             yield (last, BLOCK_KINDS.index("z")), ("last", a.block(last, a.output_projection))
         else:
             yield (last, 0), ("last", a.block(last))
         yield (a.n_layers, -1), ("widen", a.final_norm)
     elif ending.last_only and not asked.tap and not asked.at(last, after - {"attn_out", "mlp_in"}):
         # Adding it to a longer stream broadcasts; what that gives elsewhere nobody reads.
-        yield (last, BLOCK_KINDS.index("mlp_in")), ("last", a.block(last, a.mlp_norm))
+        yield (last, BLOCK_KINDS.index("mlp_in")), ("last", a.block(last, a.mlp_entry))
 
 
 def _narrow(a: Architecture, asked: _Asked, ending: Ending) -> bool:
     """Whether the last block can give the last position alone."""
     last = a.n_layers - 1
-    if not ending.last_only or ending.stop or asked.tap:
+    if not ending.last_only or ending.stop or asked.tap or a.blocks_only:
         return False
     here = asked.at(last, _AFTER_ATTENTION)
     out = Site("attn_out", last)

@@ -39,6 +39,13 @@ def track(
         listener(description, number, total)
 
 
+def report(description: str, done: int = 0, total: int | None = None) -> None:
+    """Say how far something is that is no loop: waiting for someone else, say."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(description, done, total)
+
+
 def tell(warnings: Iterable[str]) -> None:
     """Tell whoever listens of warnings at once: a long run may follow."""
     warned = _warned.get()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, distribution, entry_points
@@ -41,18 +41,24 @@ _SINGULAR = {
     "tasks": "task",
 }
 #: Words that the command line has itself: no plugin's command can begin with them.
-_OURS = frozenset({"trace", "render", "plugins", "models", "tasks", "doctor"})
+_OURS = frozenset({"trace", "render", "plugins", "models", "tasks", "doctor", "runs"})
 _KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """A registered analysis: its name, function, plugin, and options read from the signature."""
+    """A registered analysis: its name, function, plugin, and options read from the signature.
+
+    With ``stream_only`` it also runs where only the blocks of a model are known. ``shards`` are the
+    option values with which it can be split into shards; None if it cannot.
+    """
 
     name: str
     function: AnalysisFunction
     plugin: str
     options: tuple[Option, ...]
+    stream_only: bool = False
+    shards: Mapping[str, Any] | None = None
 
     @property
     def needs_task(self) -> bool:
@@ -74,6 +80,7 @@ class Command:
     function: CommandFunction
     plugin: str
     options: tuple[Option, ...]
+    stream_only: bool = False
 
 
 @dataclass
@@ -140,6 +147,12 @@ class Registry:
             for info in registry.failed:
                 raise PluginError(info.warning)
         return registry
+
+    @property
+    def describers(self) -> tuple[str, ...]:
+        """Plugins that describe families."""
+        able = (i.name for i in self.plugins.values() if "adapt_architecture" in i.hooks)
+        return tuple(sorted(able))
 
     @property
     def failed(self) -> list[PluginInfo]:
@@ -216,6 +229,12 @@ class Registry:
                 return architecture
         return None
 
+    @property
+    def of_streams(self) -> tuple[str, ...]:
+        """Analyses and commands that run where only the blocks of a model are known."""
+        both: list[Analysis | Command] = [*self.analyses.values(), *self.commands.values()]
+        return tuple(sorted(offer.name for offer in both if offer.stream_only))
+
     def annotate(
         self, names: Iterable[str], circuit: CircuitGraph, model: TracedModel, task: Task | None
     ) -> None:
@@ -280,20 +299,22 @@ class Registry:
         """Everything one plugin offers, checked, before any of it is taken on."""
         offers: list[tuple[str, str, Any]] = []
 
-        def analysis(name: str, function: AnalysisFunction) -> None:
+        def analysis(name: str, function: AnalysisFunction, **able: Any) -> None:
             if not _KEBAB.fullmatch(name):
                 raise ValueError(f"analysis name {name!r} is not kebab-case")
             options = read_options(function)
-            offers.append(("analyses", name, Analysis(name, function, info.name, options)))
+            offer = Analysis(name, function, info.name, options, **able)
+            offers.append(("analyses", name, offer))
 
-        def command(name: str, function: CommandFunction) -> None:
+        def command(name: str, function: CommandFunction, stream_only: bool = False) -> None:
             words = name.split(" ")
             if len(words) > 2 or not all(map(_KEBAB.fullmatch, words)):
                 raise ValueError(f"command {name!r} is not named by one or two kebab-case words")
             if words[0] in _OURS:
                 raise ValueError(f"command {name!r} begins with a word of CircuitLab's own")
             options = read_options(function, ("model",))
-            offers.append(("commands", name, Command(name, function, info.name, options)))
+            offer = Command(name, function, info.name, options, stream_only)
+            offers.append(("commands", name, offer))
 
         def task(task: Task) -> None:
             offers.append(("tasks", task.name, task))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -61,3 +62,22 @@ class Run:
         if place not in kept:
             raise SiteError(f"site {site} was not kept; name it in run(..., {option}=[...])")
         return kept[place]
+
+
+class AwaitedRun(Run):
+    """A run on a host, waited for when it is first looked at.
+
+    Whatever is wrong with it is raised then.
+    """
+
+    def __init__(self, tokens: Tokens, locator: Locator, outcome: Callable[[], Run]) -> None:
+        self.tokens = tokens
+        self._locator = locator
+        self._outcome = outcome
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("logits", "_values", "_gradients"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__.update(vars(self._outcome()))
+        del self._outcome
+        return self.__dict__[name]

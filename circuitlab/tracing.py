@@ -1,58 +1,98 @@
-"""Tracing: the one trace block of CircuitLab, and the only module that imports nnsight.
+"""Tracing: passes of a model on this machine; here and in ``remote`` nnsight is imported.
 
 Interventions are plain data (see ``plans``); what a trace executes is one small interpreter of a
-plan.
+plan (see ``interpreter``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import nnsight
 import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
+from circuitlab.checkpoint import digest
 from circuitlab.errors import NumericsError
-from circuitlab.plans import Place, Plan, Step
+from circuitlab.interpreter import interpret
+from circuitlab.plans import Place, Plan
 from circuitlab.prompts import Tokens
 
 # nnsight takes -v or --verbose among any program's arguments for its own debug switch.
 nnsight.CONFIG.APP.DEBUG = False
 
 
-class Kept(NamedTuple):
-    """What a plan kept: logits, what it read, and what it tapped, still attached to the graph."""
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass to be run.
+
+    Attributes:
+        tokens: The prompts.
+        plan: What to read, write and tap.
+        keep_all: Unembed all positions, else the last alone. Then every module is the model's own,
+            and results equal plain ones bit for bit.
+        gradient_of: From the last logits ``[batch, vocab]`` to numbers whose sum is differentiated
+            at the taps; None where nothing is tapped.
+    """
+
+    tokens: Tokens
+    plan: Plan
+    keep_all: bool = False
+    gradient_of: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        ids = self.tokens.ids
+        return {
+            "input_ids": ids,
+            "attention_mask": self.tokens.mask.to(torch.int64),
+            "position_ids": _positions(self.tokens),
+            "use_cache": False,
+            # An index gathers the last position into one block; a slice would make the unembedding
+            # a strided product, four times slower.
+            "logits_to_keep": 0 if self.keep_all else ids.new_tensor([ids.shape[1] - 1]),
+        }
+
+
+class Done(NamedTuple):
+    """What a pass gave: logits, what it read, and gradients at its taps; all detached.
+
+    There are no gradients where the logits hold NaN or infinity.
+    """
 
     logits: Tensor
     read: dict[Place, Tensor]
-    tapped: dict[Place, Tensor]
+    gradients: dict[Place, Tensor]
 
-    def gradients(self, function: Callable[[Tensor], Tensor]) -> dict[Place, Tensor]:
-        """Gradients at the taps of the sum of a function of the last logits ``[batch, vocab]``.
 
-        Raises:
-            NumericsError: one holds NaN or infinity; names the place and the prompt.
-        """
-        with torch.enable_grad():
-            total = function(self.logits[:, -1]).sum()
-        # A tap that the metric does not depend on has gradient zero.
-        found = torch.autograd.grad(total, list(self.tapped.values()), materialize_grads=True)
-        # Backward order: the first that is bad is where it went wrong.
-        for (path, side, _), gradient in reversed(list(zip(self.tapped, found, strict=True))):
-            bad = ~torch.isfinite(gradient.flatten(1)).all(1)
-            if bad.any():
-                raise NumericsError(
-                    f"the gradient at {path} ({side}), prompt {int(bad.nonzero()[0]) + 1} of the "
-                    f"batch, holds NaN or infinity; run in a wider type (--dtype float32)"
-                )
-        return dict(zip(self.tapped, found, strict=True))
+class Engine(Protocol):
+    """Whatever runs passes: this machine, or a host.
+
+    Attributes:
+        remote: Whether a pass runs elsewhere. Then it is not run before its outcome is asked for,
+            and all that were started by then go together.
+        weights_digest: Short digest of the weights; of a host's, what it calls the model.
+    """
+
+    remote: bool
+
+    @property
+    def weights_digest(self) -> str:
+        """See the attribute."""
+
+    def start(self, wanted: Pass) -> Callable[[], Done]:
+        """Begin a pass; the outcome when it is called for."""
 
 
 class Tracer:
-    """Executes plans on a module."""
+    """Runs passes of a module on this machine."""
+
+    remote = False
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -64,29 +104,54 @@ class Tracer:
             if isinstance(child, NewGELUActivation)
         ]
 
-    def execute(self, tokens: Tokens, plan: Plan, *, keep_all: bool = False) -> Kept:
-        """Run a plan; unembed all positions with ``keep_all``, else the last alone.
+    @property
+    def weights_digest(self) -> str:
+        """Short digest of the weights."""
+        return digest(self._module.state_dict())[:12]
 
-        With ``keep_all`` every module is the model's own, and results equal plain ones bit for bit.
+    def start(self, wanted: Pass) -> Callable[[], Done]:
+        """Run a pass at once.
+
+        Raises:
+            NumericsError: a gradient holds NaN or infinity; names the place and the prompt.
         """
-        differentiate = any(step[0] == "tap" for step in plan)
-        inputs = {
-            "input_ids": tokens.ids,
-            "attention_mask": tokens.mask.to(torch.int64),
-            "position_ids": _positions(tokens),
-            "use_cache": False,
-            # An index gathers the last position into one block; a slice would make the unembedding
-            # a strided product, four times slower.
-            "logits_to_keep": 0 if keep_all else tokens.ids.new_tensor([tokens.ids.shape[1] - 1]),
-        }
+        done = self._run(wanted)
+        return lambda: done
+
+    def _run(self, wanted: Pass) -> Done:
+        plan, function = wanted.plan, wanted.gradient_of
         with (
-            _frozen(self._module) if differentiate else nullcontext(),
-            _replaced([] if keep_all else self._slow, _FUSED_GELU),
-            torch.set_grad_enabled(differentiate),
+            nullcontext() if function is None else _frozen(self._module),
+            _replaced([] if wanted.keep_all else self._slow, _FUSED_GELU),
+            torch.set_grad_enabled(function is not None),
         ):
-            with self._envoy.trace(**inputs):
-                kept = nnsight.save(_interpret(self._envoy, plan))
-        return Kept(kept["logits"], kept["read"], kept["tap"])
+            with self._envoy.trace(**wanted.inputs):
+                kept = nnsight.save(interpret(self._envoy, plan))
+        logits, taps, gradients = kept["logits"], kept["tap"], {}
+        if function is not None and torch.isfinite(logits).all():
+            with torch.enable_grad():
+                total = function(logits[:, -1]).sum()
+            # A tap that the metric does not depend on has gradient zero.
+            found = torch.autograd.grad(total, list(taps.values()), materialize_grads=True)
+            gradients = dict(zip(taps, found, strict=True))
+            check_gradients(gradients)
+        return Done(logits.detach(), kept["read"], gradients)
+
+
+def check_gradients(gradients: dict[Place, Tensor]) -> None:
+    """Refuse gradients that are not finite.
+
+    Raises:
+        NumericsError: one holds NaN or infinity; names the place and the prompt.
+    """
+    # Backward order: the first that is bad is where it went wrong.
+    for (path, side, _), gradient in reversed(gradients.items()):
+        bad = ~torch.isfinite(gradient.flatten(1)).all(1)
+        if bad.any():
+            raise NumericsError(
+                f"the gradient at {path} ({side}), prompt {int(bad.nonzero()[0]) + 1} of the "
+                f"batch, holds NaN or infinity; run in a wider type (--dtype float32)"
+            )
 
 
 def _positions(tokens: Tokens) -> Tensor:
@@ -94,63 +159,6 @@ def _positions(tokens: Tokens) -> Tensor:
     if tokens.positions is None and tokens.mask.all():
         return torch.arange(tokens.ids.shape[1], device=tokens.ids.device)[None]
     return tokens.position_ids
-
-
-def _interpret(model: Any, plan: Plan) -> dict[str, Any]:
-    """Execute a plan inside a trace. Everything it needs is in its arguments."""
-    kept: dict[str, Any] = {"read": {}, "tap": {}}
-    width = 0
-    for step in plan:
-        op, envoy = step[0], model.get(step[1])
-        if op in ("last", "fork"):
-            whole = envoy.input
-            width = whole.shape[1]
-            envoy.input = whole[:, -1:]
-            if op == "fork":
-                model.get(step[2]).input = whole
-        elif op == "widen":
-            envoy.output = envoy.output.expand(-1, width, -1)
-        elif op == "unembed":
-            weight, bias = envoy.weight[step[2]], getattr(envoy, "bias", None)
-            value = envoy.input @ weight.T
-            envoy.skip(value if bias is None else value + bias[step[2]])
-        elif op == "pass":
-            envoy.skip(envoy.input)
-        elif op == "skip":
-            envoy.skip((step[2], *[None] * (step[3] - 1)) if step[3] else step[2])
-        else:
-            _visit(envoy, step, kept)
-    return {"logits": model.output.logits, **kept}
-
-
-def _visit(envoy: Any, step: Step, kept: dict[str, Any]) -> None:
-    """Read, write or tap one place."""
-    op, path, side, item = step[:4]
-    whole = envoy.output if side == "output" else envoy.input
-    value = whole[item] if isinstance(whole, tuple) else whole
-    if value is None:
-        raise ValueError(f"{path} gives no item {item}")
-    place = (path, side, item)
-    changed = None
-    if op == "read":
-        kept["read"][place] = value.detach()
-    elif op == "tap":
-        if step[4] == "leaf":
-            value = changed = value.detach().requires_grad_(True)
-        elif step[4] == "branch":
-            value = changed = value.view_as(value)
-        kept["tap"][place] = value
-    else:
-        if op == "write":
-            value = changed = value.clone()
-        value[step[4]] = step[5].to(value.device, value.dtype)
-    if changed is None:
-        return
-    new = (*whole[:item], changed, *whole[item + 1 :]) if isinstance(whole, tuple) else changed
-    if side == "output":
-        envoy.output = new
-    else:
-        envoy.input = new
 
 
 #: The same function as NewGELUActivation in one pass over memory instead of seven.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,70 +11,50 @@ from transformers.pytorch_utils import Conv1D
 
 from circuitlab.errors import ModelError, SiteError
 from circuitlab.folded import HeadWeights, MlpWeights
-from circuitlab.norms import Norm, Readers, read_norm
-from circuitlab.plans import Locator
+from circuitlab.norms import Readers, read_norm
 from circuitlab.sites import Site
+from circuitlab.stored import StoredWeights, bias_of, input_by_output
 from circuitlab.wiring import PORTS
 
 #: Columns of a reader handed out at once: an unembedding in float64 would take gigabytes.
 _COLUMNS = 8192
 
 
-class Weights:
+class Weights(StoredWeights):
     """A model's weights by head and by reader, found where its architecture says they are.
 
     Made by :class:`circuitlab.TracedModel` as its ``weights``. Linear maps are given for row
     vectors, ``x @ W``.
     """
 
-    def __init__(self, module: nn.Module, locator: Locator) -> None:
-        self._module = module
-        self._locator = locator
-        self._architecture = locator.architecture
-
-    def heads(self, layer: int, which: str) -> Tensor:
-        """Weights of all heads of a layer, not folded.
-
-        Returns:
-            ``[n_heads, d_model, d_head]`` for q; with ``n_kv_heads`` in front for k and v;
-            ``[n_heads, d_head, d_model]`` for o. A view of the model's own weights: do not change
-            it.
-
-        Raises:
-            SiteError: the layer does not exist.
-        """
-        site = Site("z" if which == "o" else which, layer)
-        self._locator.check(site)
-        a = self._architecture
-        if which == "o":
-            weight = _input_by_output(self._in_block(layer, a.output_projection))
-            return weight.view(a.n_heads, a.d_head, -1)
-        weight = _input_by_output(self._in_block(layer, a.projection(which).path))
-        columns, step = self._locator.columns(site, 0), a.projection(which).stride
-        n_heads = a.n_heads_of(which)
-        part = weight[:, columns.start : columns.start + (n_heads - 1) * step + a.d_head]
-        return part.unfold(-1, a.d_head, step).transpose(0, 1)
-
     @torch.no_grad()
     def folded(self, layer: int, dtype: torch.dtype = torch.float32) -> HeadWeights:
-        """All heads of a layer, their norm folded in; see :class:`HeadWeights`.
+        """All heads of a layer, their norms folded in; see :class:`HeadWeights`.
 
         Raises:
             SiteError: the layer does not exist.
-            ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity.
+            ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity, or a norm
+                behind a projection is no RMSNorm.
         """
         a = self._architecture
         norm = self._norm(layer)
+        behind = {"q": a.q_norm, "k": a.k_norm}
         ports: list[Tensor] = []
         biases: list[Tensor] = []
         for port in PORTS:
             weight, bias = self.heads(layer, port).double(), self._head_bias(Site(port, layer))
-            shifted = norm.shift @ weight
-            group = a.n_heads // len(weight)
-            ports.append(norm.fold(weight).to(dtype).repeat_interleave(group, 0))
+            shifted, weight = norm.shift @ weight, norm.fold(weight)
             both = shifted if bias is None else shifted + bias.double()
+            if path := behind.get(port):
+                gain = self._gain_behind(layer, path, a.d_head)
+                weight, both = weight * gain[..., None, :], both * gain
+            group = a.n_heads // len(weight)
+            ports.append(weight.to(dtype).repeat_interleave(group, 0))
             biases.append(both.to(dtype).repeat_interleave(group, 0))
-        output = self._centred(self.heads(layer, "o").double()).to(dtype)
+        written = self.heads(layer, "o").double()
+        if a.attention_post_norm:
+            written = written * self._gain_behind(layer, a.attention_post_norm, a.d_model)
+        output = self._centred(written).to(dtype)
         q, k, v = ports
         q_bias, k_bias, v_bias = biases
         return HeadWeights(q, k, v, output, q_bias, k_bias, v_bias, a.score_scale(layer))
@@ -91,12 +70,13 @@ class Weights:
 
     @torch.no_grad()
     def mlp(self, layer: int, dtype: torch.dtype = torch.float32) -> MlpWeights:
-        """The MLP of a layer, its norm folded in; see :class:`MlpWeights`.
+        """The MLP of a layer, its norms folded in; see :class:`MlpWeights`.
 
         Raises:
             SiteError: the layer does not exist, or the architecture does not name the MLP's maps
                 and its nonlinearity.
-            ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity.
+            ModelError: its norm is neither a LayerNorm, an RMSNorm nor an identity, or the norm
+                behind it is no RMSNorm.
         """
         self._locator.check(Site("mlp_post", layer))
         a = self._architecture
@@ -108,49 +88,47 @@ class Weights:
             )
         norm = read_norm(self._in_block(layer, a.mlp_norm), a.d_model)
 
-        def folded(path: str) -> tuple[Tensor, Tensor]:
-            module = self._in_block(layer, path)
-            weight = _input_by_output(module).double()
-            bias = norm.shift @ weight + _bias(module).double()
+        def folded(path: str, offset: int) -> tuple[Tensor, Tensor]:
+            module, columns = self._in_block(layer, path), slice(offset, offset + a.d_mlp)
+            weight = input_by_output(module)[:, columns].double()
+            bias = norm.shift @ weight + bias_of(module)[columns].double()
             return norm.fold(weight).to(dtype), bias.to(dtype)
 
-        last = self._in_block(layer, a.mlp_output_projection)
+        last = bias_of(self._in_block(layer, a.mlp_output_projection))
+        gain = torch.ones_like(last, dtype=torch.float64)
+        if a.mlp_post_norm:
+            gain = self._gain_behind(layer, a.mlp_post_norm, a.d_model)
         return MlpWeights(
-            *folded(a.mlp_input_projection),
+            *folded(a.mlp_input_projection, a.mlp_input_offset),
             self._in_block(layer, a.mlp_activation),
-            _input_by_output(last).to(dtype),
-            _bias(last).to(dtype),
-            *(folded(a.mlp_gate_projection) if a.mlp_gate_projection else ()),
+            (self._mlp_output(layer) * gain).to(dtype),
+            (last * gain).to(dtype),
+            *(folded(a.mlp_gate_projection, a.mlp_gate_offset) if a.mlp_gate_projection else ()),
         )
 
     @torch.no_grad()
-    def embedding(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What each token puts into the residual stream, ``[vocab, d_model]``; not centred."""
-        weight: Any = self._module.get_submodule(self._architecture.embed).weight
-        return weight.detach().to(dtype)  # type: ignore[no-any-return]  # nn.Module's attribute
-
-    @torch.no_grad()
-    def positions(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """What each position adds to the stream, ``[n_positions, d_model]``; None where nothing."""
-        path = self._architecture.position_embed
-        if not path:
-            return None
-        weight: Any = self._module.get_submodule(path).weight
-        return weight.detach().to(dtype)  # type: ignore[no-any-return]  # nn.Module's attribute
-
-    @torch.no_grad()
-    def unembedding(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def unembedding(
+        self, dtype: torch.dtype = torch.float32, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """From the last residual stream ``x`` to logits, the final norm folded in.
+
+        Args:
+            dtype: Type of what is given.
+            tokens: Ids of the tokens whose logits are wanted, ``[n]``; None for all.
 
         Returns:
             ``[d_model, vocab]`` and ``[vocab]``: logits are ``x / σ @ weight + bias`` with ``σ`` of
-            ``norm_scale(None, x)``.
+            ``norm_scale(None, x)``. Where the model caps its logits (Gemma 2), before
+            the cap.
 
         Raises:
             ModelError: the norm is neither a LayerNorm, an RMSNorm nor an identity.
         """
         norm, module = self._norm(None), self._module.get_submodule(self._architecture.unembedding)
-        weight, own = _input_by_output(module).to(dtype), getattr(module, "bias", None)
+        weight, own = input_by_output(module), getattr(module, "bias", None)
+        if tokens is not None:
+            weight, own = weight[:, tokens], None if own is None else own[tokens]
+        weight = weight.to(dtype)
         bias = norm.shift.to(dtype) @ weight
         return norm.fold(weight), bias if own is None else bias + own.detach().to(dtype)
 
@@ -165,33 +143,43 @@ class Weights:
         return self._norm(layer).scale(self._norm_module(layer), stream)
 
     @torch.no_grad()
-    def rotations(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    def rotations(
+        self, positions: Tensor, dtype: torch.dtype = torch.float32, layer: int | None = None
+    ) -> Tensor | None:
         """How rotary embeddings turn queries and keys, ``[n, d_head, d_head]``, one per position.
 
         A row vector ``q`` at a position becomes ``q @ R``; ``R_i @ R_j^T`` depends on ``i - j``
-        alone. None for a model without them.
+        alone. Where the model multiplies turned columns by a number as well (YaRN), R does. None
+        for a model without them.
+
+        Args:
+            positions: ``[n]``; of one prompt, where turns depend on its length.
+            dtype: Type of what is given.
+            layer: Whose; may be left out where all layers turn alike.
+
+        Raises:
+            ModelError: layers turn differently (Gemma 3), and none is named.
+            SiteError: the layer does not exist.
         """
         a = self._architecture
         if not a.rotary:
             return None
-        module = self._module.get_submodule(a.rotary)
+        if layer is not None:
+            self._locator.check(Site("q", layer))
+        elif len(set(a.rotary_kinds)) > 1:
+            raise ModelError(
+                f"the layers of a {a.family} model turn queries and keys in different ways; name "
+                f"the layer whose rotations are meant"
+            )
+        module, kind = self._module.get_submodule(a.rotary), a.rotary_kinds[layer or 0 :][:1]
         like = torch.zeros(1, dtype=torch.float64, device=positions.device)
-        cos, sin = (part[0].to(dtype) for part in module(like, positions[None]))
+        cos, sin = (part[0].to(dtype) for part in module(like, positions[None], *kind))
         width = cos.shape[-1]
         turn = torch.eye(a.d_head, dtype=dtype, device=cos.device).repeat(len(cos), 1, 1)
         unit = torch.eye(width, dtype=dtype, device=cos.device)
         half = torch.cat([-unit[:, width // 2 :], unit[:, : width // 2]], -1)
         turn[:, :width, :width] = unit * cos[:, None] + half * sin[:, None]
         return turn
-
-    def attention_bias(self, layer: int) -> Tensor:
-        """What a layer's attention adds beside its heads, ``[d_model]``; the same for every prompt.
-
-        Raises:
-            SiteError: the layer does not exist.
-        """
-        self._locator.check(Site("attn_out", layer))
-        return _bias(self._in_block(layer, self._architecture.output_projection))
 
     @torch.no_grad()
     def projected(self, site: Site, stream: Tensor, *, per_head: bool = False) -> Tensor:
@@ -200,21 +188,18 @@ class Weights:
         Args:
             site: A whole ``q``, ``k`` or ``v``.
             stream: ``[..., batch, pos, d_model]``; the layer's norm is applied to it here.
-            per_head: Whether each head has a stream of its own: ``[..., n_heads, batch, pos,
-                d_model]``.
+            per_head: Whether each head, of k and v each of the ``n_kv_heads``, has a stream of its
+                own: ``[..., n_heads, batch, pos, d_model]``.
 
         Returns:
             ``[..., batch, pos, n_heads, d_head]``; of k and v ``n_kv_heads`` where they are shared.
 
         Raises:
             SiteError: the site is of another kind or does not exist.
-            ModelError: ``per_head``, and heads share keys and values.
         """
         if site.kind not in PORTS or site.layer is None:
             raise SiteError(f"site {site} is not a projection; give q, k or v of a layer")
         self._locator.check(site)
-        if per_head:
-            self._refuse_shared("streams of their own for single heads")
         a = self._architecture
         norm = self._in_block(site.layer, a.attention_norm)
         weight, bias = self.heads(site.layer, site.kind), self._head_bias(site)
@@ -228,23 +213,25 @@ class Weights:
 
     @torch.no_grad()
     def readers(self, layer: int, dtype: torch.dtype) -> Readers:
-        """The q, k and v projections of all heads of a layer, in that order.
-
-        Raises:
-            ModelError: heads share keys and values.
-        """
-        self._refuse_shared("gradients of single heads")
+        """The q, k and v projections of all heads of a layer, shared ones repeated."""
         a = self._architecture
         norm = self._in_block(layer, a.attention_norm)
+        weights, biases = [], []
+        for port in PORTS:
+            weight, bias = self.heads(layer, port), self._head_bias(Site(port, layer))
+            group = a.n_heads // len(weight)
+            none = weight.new_zeros(len(weight), a.d_head)
+            weight, bias = weight.transpose(0, 1), none if bias is None else bias
+            if group > 1:
+                weight, bias = (x.repeat_interleave(group, -2) for x in (weight, bias))
+            weights.append(weight)
+            biases.append(bias)
         # Joined side by side as they are stored, not head by head: long rows copy faster.
-        weights = [self.heads(layer, port).transpose(0, 1) for port in PORTS]
         weight = torch.cat(weights, 1).transpose(0, 1)
         shift = getattr(norm, "bias", None)
-        at_shift = weight.new_zeros(3 * a.n_heads, a.d_head) if shift is None else shift @ weight
-        biases = [self._head_bias(Site(port, layer)) for port in PORTS]
-        if any(bias is not None for bias in biases):
-            none = weight.new_zeros(a.n_heads, a.d_head)
-            at_shift = at_shift + torch.cat([none if bias is None else bias for bias in biases])
+        at_shift = torch.cat(biases)
+        if shift is not None:
+            at_shift = at_shift + shift @ weight
         return Readers(norm, weight.to(dtype), at_shift.to(dtype))
 
     @torch.no_grad()
@@ -259,7 +246,7 @@ class Weights:
 
         Yields:
             ``[width, n]``, float64. One tensor for ``z`` and ``mlp_post``: what a change there
-            writes to the stream is the change times it.
+            writes to the stream is the change times it, before any norm behind the module.
 
         Raises:
             SiteError: the site is of another kind or does not exist, or the MLPs' own maps are not
@@ -279,17 +266,6 @@ class Weights:
                 f"resid_mid or resid_post of a layer"
             )
 
-    def _mlp_output(self, layer: int) -> Tensor:
-        """The output projection of an MLP, ``[d_mlp, d_model]``."""
-        a = self._architecture
-        weight = _input_by_output(self._in_block(layer, a.mlp_output_projection))
-        if len(weight) != a.d_mlp:
-            raise SiteError(
-                f"{a.mlp_output_projection} of layer {layer} reads {len(weight)} numbers, and the "
-                f"architecture of {a.family} says d_mlp = {a.d_mlp}; correct one of them"
-            )
-        return weight
-
     def _stream_readers(self, layer: int, kind: str) -> Iterator[Tensor]:
         """Heads, MLPs and unembedding that read the stream after this site, norms folded."""
         a = self._architecture
@@ -300,7 +276,7 @@ class Weights:
             mlp_norm = read_norm(self._in_block(later, a.mlp_norm), a.d_model)
             yield from (mlp_norm.fold(reader.double()) for reader in self._mlp_inputs(later))
         final = self._norm(None)
-        unembedding = _input_by_output(self._module.get_submodule(a.unembedding))
+        unembedding = input_by_output(self._module.get_submodule(a.unembedding))
         for part in torch.split(unembedding, _COLUMNS, 1):
             yield final.fold(part.double())
 
@@ -310,7 +286,7 @@ class Weights:
         a = self._architecture
         last = self._in_block(layer, a.mlp_output_projection)
         maps = [
-            _input_by_output(part)
+            input_by_output(part)
             for part in self._in_block(layer, a.mlp).modules()
             if isinstance(part, nn.Linear | Conv1D) and part is not last
         ]
@@ -322,53 +298,6 @@ class Weights:
             )
         return found
 
-    def _head_bias(self, site: Site) -> Tensor | None:
-        """Bias of a q, k or v projection, ``[n_heads, d_head]``."""
-        assert site.layer is not None
-        path = self._architecture.projection(site.kind).path
-        bias: Any = self._in_block(site.layer, path).bias
-        return None if bias is None else self._locator.view(site, bias.detach()[None, None])[0, 0]
-
-    def _refuse_shared(self, asked: str) -> None:
-        """Refuse what takes keys and values that each head has to itself."""
-        a = self._architecture
-        if a.n_heads_of("k") != a.n_heads:
-            raise ModelError(
-                f"the {a.n_heads} heads of a {a.family} layer share {a.n_heads_of('k')} key and "
-                f"value heads, which have no {asked}; path-patching patches its edges one by one"
-            )
-
-    def _norm_module(self, layer: int | None) -> nn.Module:
-        a = self._architecture
-        if layer is None:
-            return self._module.get_submodule(a.final_norm)
-        return self._in_block(layer, a.attention_norm)
-
-    def _norm(self, layer: int | None) -> Norm:
-        """The norm that feeds a layer's attention, or the unembedding."""
-        if layer is not None:
-            self._locator.check(Site("resid_pre", layer))
-        return read_norm(self._norm_module(layer), self._architecture.d_model)
-
     def _centred(self, written: Tensor) -> Tensor:
         """What is written, ``[..., d_model]``, less its mean where no reader sees the mean."""
         return written - written.mean(-1, keepdim=True) if self.centres else written
-
-    def _in_block(self, layer: int, path: str) -> nn.Module:
-        return self._module.get_submodule(self._architecture.block(layer, path))
-
-
-def _input_by_output(module: nn.Module) -> Tensor:
-    """Weight of a linear map as ``[d_in, d_out]``, whichever way the class stores it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, nn.Linear) else weight.detach()
-
-
-def _bias(module: nn.Module) -> Tensor:
-    """Bias of a linear map, ``[d_out]``; zeros where it has none."""
-    bias: Any = module.bias
-    if bias is None:
-        weight = _input_by_output(module)
-        return weight.new_zeros(weight.shape[1])
-    return bias.detach()  # type: ignore[no-any-return]  # nn.Module types no attribute

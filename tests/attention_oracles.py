@@ -14,7 +14,6 @@ from typing import Any
 
 import oracles
 import torch
-from hooked_passes import _additive
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -124,7 +123,10 @@ def logits_under(
     ) -> tuple[Tensor, Tensor]:
         group = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(group, 1) for part in (key, value))
-        scores = query @ key.transpose(-1, -2) * given["scaling"] + added.to(query)
+        scores = query @ key.transpose(-1, -2) * given["scaling"]
+        if cap := given.get("softcap"):
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores + added.to(query)
         pattern = scores.softmax(-1)
         for number in (head for n, head in heads if n == layer.layer_idx):
             pattern[:, number] = by_rows(scores[:, number], row)
@@ -132,7 +134,7 @@ def logits_under(
 
     with _attending(module, attend), torch.no_grad():
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        done = module(ids, attention_mask=_additive(mask), position_ids=positions, use_cache=False)
+        done = module(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
     last: Tensor = done.logits[:, -1]
     return last
 
@@ -141,7 +143,7 @@ def by_rows(scores: Tensor, row: Any) -> Tensor:
     pattern = torch.zeros_like(scores)
     for batch, queries in enumerate(scores.tolist()):
         for query, found in enumerate(queries):
-            seen = [key for key, score in enumerate(found) if score > MASKED]
+            seen = [key for key, score in enumerate(found) if score > MASKED] or [query]
             shares = row([found[key] for key in seen])
             pattern[batch, query, seen] = torch.tensor(shares, dtype=scores.dtype)
     return pattern
@@ -164,7 +166,7 @@ def patterns(module: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         done = module(
             ids,
-            attention_mask=_additive(mask),
+            attention_mask=mask.long(),
             position_ids=positions,
             use_cache=False,
             output_attentions=True,

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 
 class Dense:
-    """One head of a GPT-2, Llama, Qwen2 or GPT-NeoX, in float64, row vectors from the left."""
+    """One head of a GPT-2, GPT-NeoX, Llama or its kin, in float64, row vectors from the left.
+
+    Gains of norms behind a projection are in its weight; their scales are not.
+    """
 
     def __init__(self, module: nn.Module, head: Head) -> None:
         self.module: Any = module
@@ -37,7 +40,8 @@ class Dense:
             self.attention, self.embed = self.block.attention, self.body.embed_in
             self.output = self.attention.dense.weight.T
         else:
-            self.norm, self.final = self.block.input_layernorm, self.body.norm
+            self.norm = getattr(self.block, "input_layernorm", nn.Identity())
+            self.final = self.body.norm
             self.attention, self.embed = self.block.self_attn, self.body.embed_tokens
             self.output = self.attention.o_proj.weight.T
 
@@ -45,7 +49,8 @@ class Dense:
 
     @cached_property
     def tokens(self) -> Tensor:
-        return self.embed.weight.detach().double()
+        weight: Tensor = self.embed.weight.detach().double()
+        return weight * 4 if self.kind.startswith("gemma") else weight
 
     @cached_property
     def positions(self) -> Tensor:
@@ -71,10 +76,13 @@ class Dense:
             fused = self.attention.query_key_value
             weight, bias = fused.weight.T, fused.bias
         else:
-            own: Any = getattr(self.attention, f"{port}_proj")
-            kv = own.weight.shape[0] // d
-            start = h // (n // kv) * d
-            weight, bias = own.weight.T, own.bias
+            counts = [n, *[self.module.config.num_key_value_heads] * 2]
+            own = counts["qkv".index(port)]
+            start = h // (n // own) * d
+            if self.kind == "phi3":
+                start += sum(counts[: "qkv".index(port)]) * d
+            made: Any = getattr(self.attention, f"{'qkv' if self.kind == 'phi3' else port}_proj")
+            weight, bias = made.weight.T, made.bias
         part = slice(start, start + d)
         none = torch.zeros(d, dtype=torch.float64)
         return (
@@ -83,23 +91,44 @@ class Dense:
         )
 
     def weight(self, port: str) -> Tensor:
-        return fold(self.norm, self.raw(port)[0])
+        return fold(self.norm, self.raw(port)[0]) * self.gain(port)
 
     def bias(self, port: str) -> Tensor:
         weight, bias = self.raw(port)
         shift = getattr(self.norm, "bias", None)
-        return bias if shift is None else bias + shift.detach().double() @ weight
+        return self.gain(port) * (
+            bias if shift is None else bias + shift.detach().double() @ weight
+        )
+
+    def gain(self, port: str) -> Tensor:
+        """Of the norm of queries or keys, ``[d_head]``; ones where there is none."""
+        norm = getattr(self.attention, f"{port}_norm", None)
+        if norm is None:
+            return torch.ones(self.d_head, dtype=torch.float64)
+        rows = gain_of(norm).view(-1, self.d_head)
+        return rows[self.head * len(rows) // self.n_heads]
 
     @cached_property
     def o(self) -> Tensor:
         """Centred where the family's norms all take the mean off."""
         rows = slice(self.head * self.d_head, (self.head + 1) * self.d_head)
         weight = self.output.detach().double()[rows]
+        if self.behind is not None:
+            weight = weight * gain_of(self.behind)
         centred = isinstance(self.norm, nn.LayerNorm)
         return weight - weight.mean(1, keepdim=True) if centred else weight
 
+    @property
+    def behind(self) -> Any:
+        """The norm of what the attention gives."""
+        if not hasattr(self.block, "post_feedforward_layernorm"):
+            return None
+        return self.block.post_attention_layernorm
+
     @cached_property
     def scale(self) -> float:
+        if self.kind in ("gemma2", "gemma3_text"):
+            return 1 / 3
         return float(self.d_head**-0.5)
 
     def turn(self, offset: int) -> Tensor:
@@ -108,7 +137,9 @@ class Dense:
         if self.kind == "gpt2":
             return unit
         wide = torch.zeros(1, 1, dtype=torch.float64)
-        cos, sin = (p[0] for p in self.body.rotary_emb(wide, torch.tensor([[offset, 0]])))
+        kind = [self.module.config.layer_types[self.layer]] if self.kind == "gemma3_text" else []
+        found = self.body.rotary_emb(wide, torch.tensor([[offset, 0]]), *kind)
+        cos, sin = (p[0] for p in found)
 
         def turned(rows: Tensor, place: int) -> Tensor:
             width = cos.shape[-1]
@@ -128,11 +159,17 @@ class Dense:
         return self.weight("v") @ self.o
 
 
+def gain_of(norm: nn.Module) -> Tensor:
+    """What a norm multiplies by; Gemma stores what is added to 1."""
+    weight: Any = norm.weight
+    return weight.detach().double() + ("Gemma" in type(norm).__name__)
+
+
 def fold(norm: nn.Module, weight: Tensor) -> Tensor:
     """A map of what a norm gives as one of the stream over the norm's scale."""
     if isinstance(norm, nn.Identity):
         return weight
-    folded = torch.diag(norm.weight.detach().double()) @ weight  # type: ignore[operator]
+    folded = torch.diag(gain_of(norm)) @ weight
     if isinstance(norm, nn.LayerNorm):
         d = len(folded)
         folded = (torch.eye(d) - torch.ones(d, d) / d).double() @ folded
@@ -145,5 +182,5 @@ def divisor(norm: nn.Module, stream: Tensor) -> Tensor:
         return torch.ones_like(stream[..., :1])
     if isinstance(norm, nn.LayerNorm):
         return (stream.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-    eps: Any = norm.variance_epsilon
+    eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return (stream.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -7,13 +7,11 @@ from typing import Any
 import oracles
 import path_oracles
 import torch
-from families import neox
 from hooked_passes import random_neox
 from random_tasks import random_task
 from torch import Tensor
 
-from circuitlab import Architecture, EncodedTask, TracedModel, hookimpl, load_model
-from circuitlab.registry import PluginInfo, Registry
+from circuitlab import EncodedTask, TracedModel, load_model
 
 METRICS = ("logit-difference", "answer-log-prob", "kl-divergence")
 #: GPT-NeoX is float32: it takes its softmax in that type, where a float64 mask is minus infinity.
@@ -41,21 +39,11 @@ class Brute:
         return self.sign * (self.score(logits) - self.base)
 
 
-class NeoX:
-    """A family of another plugin: parallel blocks, heads interleaved in one projection."""
-
-    @hookimpl
-    def adapt_architecture(self, config: Any) -> Architecture | None:
-        return neox(config) if config.model_type == "gpt_neox" else None
-
-
 def small_model(family: str, seed: int = 1, n_layers: int = 2) -> tuple[Any, TracedModel]:
     """A random model, plain and traced; ``float32`` is a GPT-2 in that type."""
     if family == "neox":
-        registry = Registry.load()
-        registry.add(NeoX(), PluginInfo("own", "circuitlab-own", "0.1"))
         parallel: Any = random_neox(n_layers, 2, 16, seed=seed, dtype=torch.float32)
-        return parallel, load_model((parallel, None), registry=registry)
+        return parallel, load_model((parallel, None))
     dtype = torch.float32 if family == "float32" else torch.float64
     module = oracles.random_gpt2(n_layers, 2, 16, seed=seed, dtype=dtype)
     return module, load_model((module, None))

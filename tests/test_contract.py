@@ -28,8 +28,11 @@ def direct(model: TracedModel, task: Task, *, scale: float = 1.0) -> CircuitGrap
     return circuit
 
 
-#: What an analysis has to be told.
-NEEDED: dict[str, dict[str, Any]] = {"head-circuits": {"head": "a1.h0"}}
+#: What an analysis has to be told, or takes long without.
+NEEDED: dict[str, dict[str, Any]] = {
+    "activation-plateaus": {"bank_size": 8, "steps": 11, "freeze": "heads"},
+    "head-circuits": {"head": "a1.h0"},
+}
 
 
 #: What needs files; tests of their own hold them to the contract.

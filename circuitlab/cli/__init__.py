@@ -1,8 +1,8 @@
 """The command line: click reads it, rich shows it, the core decides.
 
 ``main`` is the one place where errors become exit codes: 0 done, 1 a fault of CircuitLab, 2 usage,
-3 data, 4 model, 5 resources, 7 not good enough, 8 a plugin asked for failed, 130 interrupted, 141
-nobody reads, 143 terminated.
+3 data, 4 model, 5 resources, 6 remote, 7 not good enough, 8 a plugin asked for failed, 130
+interrupted, 141 nobody reads, 143 terminated.
 """
 
 from __future__ import annotations

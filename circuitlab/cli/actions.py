@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from circuitlab.cli import flags, screen
-from circuitlab.cli.installed import load_registry, warn_of_broken
+from circuitlab.cli.installed import load_registry, warn_of_broken, warn_of_versions
 from circuitlab.cli.stopping import stoppable
 from circuitlab.cli.suggesting import Suggesting
 
@@ -63,6 +63,7 @@ def _command(registry: Registry, command: Command, name: str) -> click.Command:
 def _act(registry: Registry, command: Command, values: dict[str, Any]) -> None:
     flags.heed(values)
     warn_of_broken(registry)
+    warn_of_versions()
     if values["dry_run"]:
         flags.show_settings(command.name, "command")
         return
@@ -73,7 +74,7 @@ def _act(registry: Registry, command: Command, values: dict[str, Any]) -> None:
 
         given = {option.name: values[option.name] for option in command.options}
         with listening(stoppable(listener), screen.warn):
-            found = run_command(command, model, given, seed=values["seed"])
+            found = run_command(command, model, given, seed=values["seed"], registry=registry)
     if values["json"]:
         head = {"schema": SCHEMA, "command": command.name, "model": model.name}
         document = {**head, "result": found}

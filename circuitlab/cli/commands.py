@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from circuitlab.cli import screen
+from circuitlab.cli.runs import runs
 from circuitlab.cli.suggesting import Suggesting
 from circuitlab.errors import PluginError
 from circuitlab.labels import visible
@@ -64,6 +65,9 @@ def circuitlab(no_color: bool, debug_traceback: bool) -> None:
     """Find which components of a transformer do the work, and through which edges."""
     if no_color:
         screen.Screen.color = False
+
+
+circuitlab.add_command(runs)
 
 
 @circuitlab.command()
@@ -246,32 +250,16 @@ def validate_task(path: Path, model: str | None) -> None:
     screen.pairs("valid", values)
 
 
-#: Packages whose versions matter, and the newest that was tested.
-TESTED = {
-    "torch": "2.13",
-    "transformers": "5.23",
-    "nnsight": "0.8",
-    "networkx": "3.6",
-    "pluggy": "1.7",
-}
-
-
 @circuitlab.command()
 @click.argument("model", required=False)
 def doctor(model: str | None) -> None:
     """Show what is installed and whether it works; with MODEL, its self-check too."""
-    from importlib.metadata import version
-
-    from circuitlab.cli.installed import load_registry
+    from circuitlab.cli.installed import load_registry, versions
     from circuitlab.render import graphviz_version
 
     values = {"python": sys.version.split()[0]}
-    for package in ("circuitlab", *TESTED):
-        found = version(package)
-        values[package] = found
-        tested = TESTED.get(package)
-        if tested and not found.startswith(tested + ".") and found != tested:
-            values[package] += f" (tested with {tested})"
+    for package, found, tested in versions():
+        values[package] = f"{found} (tested with {tested})" if tested else found
     values["graphviz"] = (
         graphviz_version() or "NOT FOUND: pictures use the built-in layout, SVG only"
     )
@@ -289,6 +277,7 @@ def doctor(model: str | None) -> None:
 def _show_checks(source: str, device: str, **allowed: Any) -> None:
     """Load a model without refusing it, show every check, and fail when one does."""
     from circuitlab.checks import require, run_checks
+    from circuitlab.cli.installed import load_registry
     from circuitlab.loading import load_unchecked
 
     with screen.quiet_stdout():
@@ -301,3 +290,9 @@ def _show_checks(source: str, device: str, **allowed: Any) -> None:
     screen.out(repr(model))
     screen.table(("", "check", "difference", "tolerance"), rows)
     require(model, checks)
+    if model.architecture.blocks_only:
+        works = ", ".join(load_registry().of_streams)
+        screen.pairs(
+            f"{model.architecture.family}: no plugin describes this family",
+            {"known": "the stream between blocks", "works on it": works or "nothing installed"},
+        )

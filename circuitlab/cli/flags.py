@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from circuitlab.model import TracedModel
     from circuitlab.registry import Registry
 
+#: What ``--remote`` alone means: nnsight's own setting.
+NDIF = "ndif"
 #: Below this many weights a second thread costs more in waiting than it does work.
 ONE_THREAD = 5_000_000
 
@@ -77,6 +79,11 @@ def running(default_model: str) -> list[click.Option]:
         option("--seed", default=0, show_default=True, help="For what is drawn at random."),
         option("--revision", help="Commit, branch or tag of a hub model."),
         option("--offline", is_flag=True, help="Never ask the hub."),
+        option("--remote", is_flag=False, flag_value=NDIF, metavar="[HOST]",
+               help="Run on a host that has the model: NDIF, or this address."),
+        option("--remote-key", metavar="MODEL", help="What the host calls the model."),
+        option("--timeout", type=click.FloatRange(min=0, min_open=True), default=3600.0,
+               show_default=True, metavar="SECONDS", help="Longest wait for one remote job."),
         option("--trust-remote-code", is_flag=True, help="Run code the model carries."),
         option("--allow-pickle", is_flag=True, help="Read weights from a pickle."),
     ]  # fmt: skip
@@ -104,10 +111,13 @@ def heed(values: dict[str, Any]) -> None:
     screen.Screen.color = screen.Screen.color and values["color"]
 
 
-def load(values: dict[str, Any], registry: Registry) -> TracedModel:
-    """The model that the flags name."""
+def load(values: dict[str, Any], registry: Registry, job_log: Path | None = None) -> TracedModel:
+    """The model that the flags name; ids of remote jobs are kept in ``job_log``."""
     if values["offline"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        _go_offline()
+    remote = values["remote"]
+    if remote and values["offline"]:
+        raise OptionError("--remote asks a host, and --offline asks nobody; leave one of them out")
     screen.say(f"loading {values['model']} …")
     from circuitlab.loading import load_model
 
@@ -118,6 +128,10 @@ def load(values: dict[str, Any], registry: Registry) -> TracedModel:
         revision=values["revision"],
         trust_remote_code=values["trust_remote_code"],
         allow_pickle=values["allow_pickle"],
+        remote=True if remote == NDIF else remote or False,
+        remote_key=values["remote_key"],
+        timeout=values["timeout"],
+        job_log=job_log,
         registry=registry,
     )
     if model.n_parameters < ONE_THREAD:
@@ -125,6 +139,13 @@ def load(values: dict[str, Any], registry: Registry) -> TracedModel:
     revision = f" at {model.revision}" if model.revision else ""
     screen.say(f"{model!r}{revision}")
     return model
+
+
+def _go_offline() -> None:
+    """Have the hub's library ask nobody; it looks at its variable once, when it is imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if "huggingface_hub" in sys.modules:
+        vars(importlib.import_module("huggingface_hub.constants"))["HF_HUB_OFFLINE"] = True
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:

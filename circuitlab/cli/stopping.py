@@ -51,12 +51,12 @@ def heeding_signals() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(path: Path | None) -> Iterator[StateFile]:
-    """The state of a run, open; a signal inside adds a note on how to go on."""
+def resumable(path: Path | None, shard: tuple[int, int] | None = None) -> Iterator[StateFile]:
+    """The state of a run, or of a shard, open; a signal inside adds a note on how to go on."""
     from circuitlab.checkpoint import StateFile
 
-    with StateFile(path) as state:
-        if state.found:
+    with StateFile(path, shard) as state:
+        if state.found and not state.complete:
             screen.say(f"going on from {path} …")
         try:
             yield state
@@ -98,7 +98,8 @@ def _advice(state: StateFile) -> str:
     """What someone who has interrupted a run wants to know."""
     if state.path is None:
         return "a run with --resume FILE can be gone on with" if state.stages else ""
-    if state.path.exists():
+    jobs = state.path.with_name(f"{state.path.name}.jobs")
+    if state.path.exists() or jobs.exists():
         return f"resume with: {click.get_current_context().obj}"
     return f"nothing had been kept in {str(state.path)!r} yet"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,14 @@ import click
 
 from circuitlab.cli import flags, result, screen
 from circuitlab.cli.flags import option
-from circuitlab.cli.installed import load_registry, warn_of_broken
+from circuitlab.cli.installed import load_registry, warn_of_broken, warn_of_versions
+from circuitlab.cli.runs import MERGE, place
 from circuitlab.cli.stopping import resumable, stoppable
 from circuitlab.cli.suggesting import Suggesting
 from circuitlab.errors import CircuitLabError, OptionError, QualityError
 from circuitlab.export import check_target, write_circuit
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry
+from circuitlab.shards import ShardDone, check_shards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,6 +147,10 @@ def _common() -> list[click.Option]:
         option("--annotate", multiple=True, help="Plugin that annotates the finished circuit."),
         option("--resume", type=path,
                help="Keep the state of the run in this file; go on from what is there."),
+        option("--run", type=path,
+               help="Keep command and state of the run in this folder; go on from what is there."),
+        option("--shard", metavar="I/N",
+               help="Do only part I of N, in the folder of --run; merge puts the parts together."),
         option("--fail-under", multiple=True, metavar="NAME=X",
                help="Exit 7 when a metric of the result is below X."),
         *running,
@@ -155,6 +162,7 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
     """Resolve the settings, run the analysis, write the files, show the result."""
     flags.heed(values)
     warn_of_broken(registry)
+    warn_of_versions()
     if values["dry_run"]:
         flags.show_settings(analysis.name, "analysis")
         return
@@ -166,14 +174,26 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
         if values["resume"] is not None and path.resolve() == values["resume"].resolve():
             raise OptionError(f"--output and --resume both name {str(path)!r}; name two files")
     task = _task(registry, values)
+    if values["shard"] not in (None, MERGE):
+        given = {option.name: values[option.name] for option in analysis.options}
+        check_shards(analysis, given, registry.analyses.values())
+    where = place(values)
+    values = {**values, "resume": where.state}
     # The state is there until the result is written: what took hours may meet a full disk.
-    with resumable(values["resume"]) as state:
+    with resumable(where.state, where.shard) as state:
+        where.gather(state)
         with screen.progress() as listener, screen.quiet_stdout():
             circuit = _build(registry, analysis, task, values, state, listener)
+            if circuit is None:
+                where.shard_done()
+                return
             warnings = list(circuit.graph["warnings"])
             warnings += _write(circuit, values["output"], registry)
         run_id = uuid.uuid4().hex[:12]
         result.show(circuit, values["output"], warnings, run_id, as_json=values["json"])
+    if (jobs := _job_log(values)) is not None:
+        jobs.unlink(missing_ok=True)
+    where.finish()
     for name, least in thresholds:
         found = result.metrics(circuit).get(name)
         if found is None or found < least:
@@ -207,12 +227,14 @@ def _build(
     state: StateFile,
     listener: Any,
 ) -> Any:
+    """The circuit; None where this is a shard, and done."""
+    from circuitlab.builder import build_circuit
     from circuitlab.progress import listening
 
-    model = flags.load(values, registry)
-    from circuitlab.builder import build_circuit
-
-    with listening(stoppable(listener), screen.warn):
+    if state.complete:
+        return None
+    with suppress(ShardDone), listening(stoppable(listener), screen.warn):
+        model = flags.load(values, registry, _job_log(values))
         return build_circuit(
             model,
             task,
@@ -227,6 +249,15 @@ def _build(
             registry=registry,
             **{option.name: values[option.name] for option in analysis.options},
         )
+    return None
+
+
+def _job_log(values: dict[str, Any]) -> Path | None:
+    """Where ids of remote jobs are kept: beside the state of the run."""
+    state: Path | None = values["resume"]
+    if state is None or not values["remote"]:
+        return None
+    return state.with_name(f"{state.name}.jobs")
 
 
 def _task(registry: Registry, values: dict[str, Any]) -> Task | None:

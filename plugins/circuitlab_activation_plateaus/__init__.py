@@ -53,9 +53,9 @@ Rows = Annotated[int | Literal["auto"], "rows, each a prompt with one coefficien
 
 
 @circuitlab.hookimpl
-def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], None]) -> None:
+def register_analyses(register: Callable[..., None]) -> None:
     """Offer ``activation-plateaus``, ``plateau-regions`` and ``injection-scan``."""
-    register("activation-plateaus", activation_plateaus)
+    register("activation-plateaus", activation_plateaus, stream_only=True)
     register("plateau-regions", plateau_regions)
     register("injection-scan", injection_scan)
 

@@ -107,12 +107,13 @@ def activation_plateaus(model: TracedModel, task: Task | None, options: Options)
         ``freezing``, ``directions``, ``protocols`` and ``checkpoints`` what these found.
 
     Raises:
-        OptionError: an option is out of range, or needs what is not there.
+        OptionError: an option is out of range, or needs what is not there; something is to be held,
+            and only the blocks of the model are known.
         TaskError: no pair can be made, or none has two different outputs.
         QualityError: B's activation in A's context does not give what B gives although it should.
         NumericsError: logits are not finite.
     """
-    _check(options)
+    _check(options, model)
     seed = torch.initial_seed()
     site = parse_site(options.site, model.n_layers, options.path)
     streams = _streams(options.read, model, site)
@@ -158,7 +159,7 @@ class _Work:
 # --- options --------------------------------------------------------------------------------------
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, model: TracedModel) -> None:
     """Refuse what would only be refused after the walks."""
     known: dict[str, Collection[str]] = {
         "path": PATHS,
@@ -169,6 +170,11 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if value not in words:
             raise OptionError(f"--{name} {value!r} is unknown; use {', '.join(words)}")
+    if model.architecture.blocks_only and options.freeze != "none":
+        raise OptionError(
+            f"--freeze {options.freeze} holds heads, MLPs and norms, and only the blocks of model "
+            f"{model.name!r} are known; give --freeze none"
+        )
     if options.controls < 0:
         raise OptionError(f"--controls {options.controls} is below 0; give 0 for none")
 

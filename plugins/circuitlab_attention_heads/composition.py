@@ -105,10 +105,9 @@ def compositions(
     norms = {port: torch.zeros(shape, dtype=torch.float64) for port in ports}
     writers: list[Tensor] = []
     sizes: dict[str, list[Tensor]] = {name: [] for name in ("ov", "qk", "writer", *ports)}
-    turn = _turn(model, offset)
     for layer in track(range(model.n_layers), "composing heads"):
         heads = model.weights.folded(layer, torch.promote_types(model.dtype, torch.float32))
-        writer, readers = _factors(heads, turn)
+        writer, readers = _factors(heads, _turn(model, offset, layer))
         sizes["ov"].append(_sizes(writer))
         sizes["qk"].append(_sizes(readers["q"].mT))
         left = {port: _without(readers[port].mT, directions) for port in ports}
@@ -124,10 +123,10 @@ def compositions(
     return _scored(model.n_heads, dimensions, flat_norms, moments)
 
 
-def _turn(model: TracedModel, offset: int) -> Tensor | None:
+def _turn(model: TracedModel, offset: int, layer: int) -> Tensor | None:
     """What stands between W_Q and W_K^T, ``[d_head, d_head]``; None without rotary embeddings."""
     dtype = torch.promote_types(model.dtype, torch.float32)
-    turns = model.weights.rotations(torch.tensor([offset, 0], device=model.device), dtype)
+    turns = model.weights.rotations(torch.tensor([offset, 0], device=model.device), dtype, layer)
     return None if turns is None else turns[0] @ turns[1].T
 
 

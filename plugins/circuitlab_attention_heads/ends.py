@@ -85,7 +85,7 @@ def end_compositions(
         ModelError: a norm cannot be folded.
     """
     (layer, number), name = head, head_name(head)
-    folded, turn = model.weights.folded(layer, torch.float64), rotation(model, offset)
+    folded, turn = model.weights.folded(layer, torch.float64), rotation(model, layer, offset)
     w_q, w_k, w_v, w_o = (part[number] for part in (folded.q, folded.k, folded.v, folded.o))
     turned = (w_q, w_k) if turn is None else (w_q @ turn, w_k @ turn.T)
     readers = {

@@ -274,9 +274,16 @@ def weight_norms(model: TracedModel) -> dict[str, Tensor]:
         for name, weight in (("o", heads.o), ("q", heads.q), ("k", heads.k)):
             found[name].append(weight.norm(dim=(1, 2)))
         if model.architecture.mlp_output_projection:
-            (weight,) = model.weights.reading(Site("mlp_post", layer))
+            weight = _written_by_mlp(model, layer)
             found["out"].append(visible(weight, centred=centred).norm()[None])
     return {name: torch.stack(norms).cpu() for name, norms in found.items() if norms}
+
+
+def _written_by_mlp(model: TracedModel, layer: int) -> Tensor:
+    """The MLP's output projection, the gain of a norm behind it folded in, ``[d_mlp, d_model]``."""
+    if model.architecture.mlp_post_norm:
+        return model.weights.mlp(layer, torch.float64).w_out
+    return next(model.weights.reading(Site("mlp_post", layer)))
 
 
 def growth_of_weights(norms: Tensor) -> Growth:

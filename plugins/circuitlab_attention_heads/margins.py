@@ -86,16 +86,30 @@ def split_margin(parts: ScoreParts, weights: Tensor, at: Tensor) -> MarginParts:
     What adds the same to every key, as a head's own b_K does where no rotation turns it, gives
     exactly 0: every key is taken less the query's own token's.
 
+    Not so under a soft cap, which feels what is added to all keys. There each score r counts as
+    ``m r`` with ``m = c tanh(r / c) / r`` frozen, as a norm's scale is: the parts still sum to the
+    margin of the capped scores, exactly.
+
     Args:
         parts: The split scores.
         weights: Of :class:`Contest`.
         at: Column of each prompt's query, ``[batch]``.
     """
     rows = torch.arange(len(at), device=at.device)
-    keys = parts.keys - parts.keys[:, rows, at][:, :, None]
+    if parts.softcap:
+        keys, weights = parts.keys, weights * _capped_share(parts, weights != 0)
+    else:
+        keys = parts.keys - parts.keys[:, rows, at][:, :, None]
     keys = torch.einsum("bhp,nbphd->nbhd", weights, keys)
     return MarginParts(
         torch.einsum("nbhd,bhd->nbh", parts.queries, keys.sum(0)),
         torch.einsum("bhd,nbhd->nbh", parts.queries.sum(0), keys),
         torch.einsum("abhd,nbhd->han", parts.queries, keys),
     )
+
+
+def _capped_share(parts: ScoreParts, used: Tensor) -> Tensor:
+    """What the soft cap leaves of each score, as a factor, ``[batch, n_heads, pos]``; 1 at 0."""
+    scores = torch.einsum("bhd,bphd->bhp", parts.queries.sum(0), parts.keys.sum(0))
+    scaled = scores.where(used, 0) / parts.softcap
+    return torch.where(scaled == 0, 1, torch.tanh(scaled) / scaled.where(scaled != 0, 1))

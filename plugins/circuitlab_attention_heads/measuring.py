@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitlab import OptionError, choose_batch_size, track
+from circuitlab import ModelError, OptionError, choose_batch_size, track
 from circuitlab_attention_heads.head_names import Head, all_heads
 from circuitlab_attention_heads.margins import Against, contest, split_margin
 from circuitlab_attention_heads.replacing import Replacer
@@ -157,9 +157,14 @@ def measure(
 
     Raises:
         OptionError: a prompt has no such query.
-        ModelError: an attention is not a softmax of scaled products.
+        ModelError: an attention is not a softmax of scaled products, or sees one position alone.
         NumericsError: an activation is not finite.
     """
+    if 1 in model.architecture.sliding_windows:
+        raise ModelError(
+            f"layers of model {model.name!r} see one position alone, so that their heads have "
+            f"nothing to prefer; attention scores need windows of 2 positions or more"
+        )
     offsets, rules = query_offsets(pairs, query), rules_of(temperatures)
     size, numbers = choose_batch_size(model, pairs, batch_size), _by_layer(heads)
     pieces: dict[Head, list[_Piece]] = {head: [] for head in heads}

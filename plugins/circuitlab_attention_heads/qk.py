@@ -8,6 +8,9 @@ the score (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits
 and multiplied out it falls into blocks: token × token, token × position, position × token,
 position × position, and terms with a bias. Norms are folded into W_Q and W_K; σ is what they divide
 by. R is there with rotary embeddings only.
+
+Norms of queries and keys (Qwen 3) divide both by a scale of their own, at each token, and a soft
+cap bends the sum (Gemma 2): both come after the tables here, which have the gain of such norms.
 """
 
 from __future__ import annotations
@@ -163,7 +166,7 @@ def qk_circuit(
             )
         earlier = model.weights.folded(through[0], torch.float64)
         w_k = earlier.v[through[1]] @ (earlier.o[through[1]] @ w_k)
-    positions, turn = model.weights.positions(torch.float64), rotation(model, offset)
+    positions, turn = model.weights.positions(torch.float64), rotation(model, layer, offset)
     if positions is not None and turn is not None:
         raise ModelError(
             f"model {model.name!r} has learned positions and rotary embeddings; their blocks of "
@@ -181,8 +184,8 @@ def qk_circuit(
     )
 
 
-def rotation(model: TracedModel, offset: int) -> Tensor | None:
-    """``R_i R_j^T`` for i - j = ``offset``, ``[d_head, d_head]``, float64; None without rotary.
+def rotation(model: TracedModel, layer: int, offset: int) -> Tensor | None:
+    """``R_i R_j^T`` of a layer, i - j = ``offset``, ``[d_head, d_head]``; None without rotary.
 
     Raises:
         OptionError: no prompt is as long as the offset, or it is negative.
@@ -193,5 +196,5 @@ def rotation(model: TracedModel, offset: int) -> Tensor | None:
             f"key; give such numbers"
         )
     ends = torch.tensor([0, offset], device=model.device)
-    turns = model.weights.rotations(ends, torch.float64)
+    turns = model.weights.rotations(ends, torch.float64, layer)
     return None if turns is None else turns[1] @ turns[0].T

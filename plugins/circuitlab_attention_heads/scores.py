@@ -5,7 +5,9 @@ it (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits):
 
     s_ij = scale · Σ_ab q_a,i R_i R_j^T k_b,j,    q_a,i = x_a,i / σ_i @ W_Q
 
-with the biases as further parts. The sum over all parts is the head's own score, exactly.
+with the biases as further parts. The sum over all parts is the head's own score, exactly. Where
+queries and keys are normed, the scales of these norms are frozen too. A soft cap is no sum: scores
+here are before it, see :func:`circuitlab_attention_heads.margins.split_margin`.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ class ScoreParts:
             has learned positions, and then :data:`BIASES`.
         queries: ``[n_parts, batch, n_heads, d_head]``, rotated and times the layer's scale.
         keys: ``[n_parts, batch, pos, n_heads, d_head]``, rotated. Without meaning where padded.
+        softcap: ``c`` of the cap ``c tanh(score / c)`` of the model's scores; 0 for none.
     """
 
     names: tuple[str, ...]
     queries: Tensor
     keys: Tensor
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def split_scores(
 
     Args:
         model: The model.
-        run: A run that read ``resid_pre`` of the layer.
+        run: A run that read ``resid_pre``, q and k of the layer.
         parts: Of the same run.
         layer: The layer.
         at: Column of each prompt's query, ``[batch]``.
@@ -106,16 +110,27 @@ def split_scores(
     outputs = parts.outputs[:n_parts]
     queries = read(folded.q, folded.q_bias, outputs[:, rows, at], sigma[rows, at]) * folded.scale
     keys = read(folded.k, folded.k_bias, outputs, sigma)
-    turns = turns_of(model, run, dtype)
+    of_queries, of_keys = (_own_scale(model, run, Site(p, layer), dtype) for p in ("q", "k"))
+    queries, keys = queries / of_queries[rows, at], keys / of_keys
+    turns = _turns(model, run, layer, dtype)
     if turns is not None:
         queries = torch.einsum("nbhd,bde->nbhe", queries, turns[rows, at])
         keys = torch.einsum("nbphd,bpde->nbphe", keys, turns)
-    return ScoreParts((*parts.names[:n_parts], *BIASES), queries, keys)
+    names = (*parts.names[:n_parts], *BIASES)
+    return ScoreParts(names, queries, keys, model.architecture.score_softcap)
 
 
-def turns_of(model: TracedModel, run: Run, dtype: torch.dtype) -> Tensor | None:
+def _own_scale(model: TracedModel, run: Run, site: Site, dtype: torch.dtype) -> Tensor:
+    """What the norm of queries or keys divides by, ``[batch, pos, n_heads, 1]``."""
+    scale = model.weights.scale_behind(site, run[site].to(dtype)).where(
+        run.mask[..., None, None], 1
+    )
+    return scale.repeat_interleave(model.n_heads // scale.shape[2], 2)
+
+
+def _turns(model: TracedModel, run: Run, layer: int, dtype: torch.dtype) -> Tensor | None:
     """How each token's query and key are rotated, ``[batch, pos, d_head, d_head]``, or None."""
     positions = run.tokens.position_ids
     count = torch.arange(int(positions.max()) + 1, device=positions.device)
-    turns = model.weights.rotations(count, dtype)
+    turns = model.weights.rotations(count, dtype, layer)
     return None if turns is None else turns[positions]

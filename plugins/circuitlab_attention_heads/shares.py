@@ -41,11 +41,11 @@ class Shares:
         scores: Shares of the variation of the scores over the keys that a query can see, by the
             query's part and the key's, ``[n_parts, n_parts]``: cov(part, score) / var(score), each
             query about its own mean, since the softmax does not see what all keys share. None where
-            scores do not vary.
+            scores do not vary. Of a score that is capped each part is scaled as the whole is.
         values: Shares of the squared norm of what the head writes, ``[n_parts]``; None where it
             writes nothing.
         logits: The head's own share of the variation of the last token's logits over the
-            vocabulary, as it writes to them directly; None where they do not vary.
+            vocabulary, before any cap, as it writes to them directly; None where they do not vary.
         scales: Mean 1/σ of the norms, by layer: that of the head, and of the earlier one; and, at
             the last token, of the final norm, whose key is None.
     """
@@ -110,9 +110,9 @@ def input_shares(
     astray = float(torch.cat(sums.astray).mean())
     if astray > (_ASTRAY_HALF if model.dtype.itemsize < 4 else _ASTRAY):
         raise ModelError(
-            f"{head_name(head)} of model {model.name!r} does not attend by the softmax of q · k "
-            f"over all earlier tokens: {astray:.1%} of its attention goes elsewhere; its circuits "
-            f"cannot be read from the weights alone"
+            f"{head_name(head)} of model {model.name!r} does not attend by the softmax of q · k, "
+            f"as its architecture describes them: {astray:.1%} of its attention goes elsewhere; "
+            f"its circuits cannot be read from the weights alone"
         )
     logits = sums.share("logits")
     return Shares(
@@ -155,6 +155,10 @@ class _Reader:
         self.positions = self.weights.positions(torch.float64)
         self.layers = {0, head[0], *([] if through is None else [through[0]])}
         self.last = Site("resid_post", model.n_layers - 1)
+        self.own = {port: Site(port, head[0]) for port in ("q", "k", "z")}
+        wide = torch.promote_types(model.dtype, torch.float32)
+        capped = bool(model.architecture.logit_softcap)
+        self.unembedding = self.weights.unembedding(wide) if capped else None
         position = [] if self.positions is None else ["position"]
         named = [] if through is None else [head_name(through)]
         self.names = ("token", *position, *named, *["earlier"] * (head[0] > 0), "bias")
@@ -162,6 +166,7 @@ class _Reader:
     def add(self, tokens: Tokens, sums: _Sums) -> None:
         """Add what the prompts of a batch say."""
         read = [Site("pattern", self.head[0]), *(Site("resid_pre", n) for n in self.layers)]
+        read += self.own.values()
         read += [] if self.through is None else [Site("z", self.through[0])]
         run = self.model.run(tokens, read=[*read, self.last])
         streams: dict[int | None, Tensor] = {
@@ -191,12 +196,16 @@ class _Reader:
                 (self.folded.v, self.folded.v_bias),
             )
         )
-        turns = self.weights.rotations(places, torch.float64)
+        behind = {port: self._scale_behind(batch, row, port) for port in self.own}
+        q, k = q / behind["q"], k / behind["k"]
+        turns = self.weights.rotations(places, torch.float64, layer)
         if turns is not None:
             q, k = (torch.einsum("npd,pde->npe", each, turns) for each in (q, k))
         pattern = run[Site("pattern", layer, number)][row, real][:, real].double()
-        _add_scores(self.folded.scale * q, k, pattern, sums)
-        z, output = pattern @ v, self.folded.o[number]
+        a = self.model.architecture
+        window = a.sliding_windows[layer] if a.sliding_windows else 0
+        _add_scores(self.folded.scale * q, k, pattern, sums, window, a.score_softcap)
+        z, output = pattern @ v / behind["z"], self.folded.o[number]
         gram, whole = output @ output.T, z.sum(0)
         sums.add(
             "values",
@@ -204,10 +213,26 @@ class _Reader:
             torch.einsum("pd,de,pe->", whole, gram, whole),
             (z.square().sum((0, 1)) * gram.diagonal()).sum(),
         )
-        logits = run.logits[row, -1].double()
+        logits = self._logits(batch, row)
         centred = logits - logits.mean()
         own = (whole[-1] / batch.scales[None][row, 0]).to(self.written) @ self.written
         sums.add("logits", own.double() @ centred, centred @ centred, logits @ logits)
+
+    def _scale_behind(self, batch: _Batch, row: int, port: str) -> Tensor:
+        """What the norm behind q, k or z divides by, at each token: ``[pos, 1]``."""
+        number = self.head[1]
+        site, real = self.own[port], batch.run.mask[row]
+        value = batch.run[site][row, real].double()
+        scale = self.weights.scale_behind(site, value)
+        return scale if port == "z" else scale[:, number * value.shape[1] // self.model.n_heads]
+
+    def _logits(self, batch: _Batch, row: int) -> Tensor:
+        """Logits of the last token before any cap, ``[vocab]``, float64."""
+        if self.unembedding is None:
+            return batch.run.logits[row, -1].double()
+        weight, bias = self.unembedding
+        normed = batch.streams[None][row, 0] / batch.scales[None][row, 0]
+        return (normed.to(weight) @ weight + bias).double()
 
     def _parts(self, batch: _Batch, row: int, places: Tensor) -> Tensor:
         """The parts of the stream but for the bias, ``[n_parts, pos, d_model]``."""
@@ -225,22 +250,33 @@ class _Reader:
                 f"of another model"
             )
         if self.through is not None:
-            z = run[Site("z", *self.through)][row, real].double()
-            parts.append(z @ self.weights.heads(self.through[0], "o")[self.through[1]].double())
+            layer, number = self.through
+            z = run[Site("z", layer)][row, real].double()
+            written = z[:, number] @ self.weights.heads(layer, "o")[number].double()
+            if self.model.architecture.attention_post_norm:
+                written = z[:, number] @ self.weights.folded(layer, torch.float64).o[number]
+            parts.append(written / self.weights.scale_behind(Site("z", layer), z))
         if self.head[0]:
             parts.append(batch.streams[self.head[0]][row, real] - sum(parts))
         return torch.stack(parts)
 
 
-def _add_scores(q: Tensor, k: Tensor, pattern: Tensor, sums: _Sums) -> None:
+def _add_scores(
+    q: Tensor, k: Tensor, pattern: Tensor, sums: _Sums, window: int, softcap: float
+) -> None:
     """Scores of scaled queries and keys ``[n_parts, pos, d_head]``, of what each query can see."""
-    scores = q.sum(0) @ k.sum(0).T
+    raw = scores = q.sum(0) @ k.sum(0).T
+    if softcap:
+        scores = softcap * torch.tanh(raw / softcap)
+    kept = torch.where(raw == 0, 1, scores / raw.where(raw != 0, 1))
     seen = torch.ones_like(scores, dtype=torch.bool).tril()
+    if window:
+        seen = seen.triu(1 - window)
     found = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     sums.astray.append((found - pattern).abs().sum(-1) / 2)
     scores = scores.where(seen, 0)
     mean = scores.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
     centred = (scores - mean).where(seen, 0)
     # A row of it sums to 0, so that the parts need not be centred themselves.
-    products = torch.einsum("aid,bid->ab", q, centred @ k)
+    products = torch.einsum("aid,bid->ab", q, (centred * kept) @ k)
     sums.add("scores", products, centred.square().sum(), scores.square().sum())

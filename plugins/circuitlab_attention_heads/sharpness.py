@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from circuitlab import ModelError, Site
-from circuitlab_attention_heads.scores import turns_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +33,9 @@ class Attention:
     """The heads of a layer at work.
 
     Attributes:
-        scores: Before the softmax, ``[batch, n_heads, query, key]``, at least float32; ``-inf``
-            where the query does not see the key. A padding token sees itself alone.
+        scores: Before the softmax, capped where the model caps them, ``[batch, n_heads, query,
+            key]``, at least float32; ``-inf`` where the query does not see the key. A padding token
+            sees itself alone.
         values: ``[batch, n_heads, key, d_head]``.
     """
 
@@ -49,24 +49,10 @@ class Attention:
 
 def attention_of(model: TracedModel, run: Run, layer: int) -> Attention:
     """Scores and values of a layer, from a run that read its q, k and v."""
-    dtype = torch.promote_types(model.dtype, torch.float32)
-
-    def heads(port: str) -> Tensor:
-        value = run[Site(port, layer)].to(dtype).transpose(1, 2)
-        return value.repeat_interleave(model.n_heads // value.shape[1], 1)
-
-    q, k, v = (heads(port) for port in PORTS)
-    turns = turns_of(model, run, dtype)
-    if turns is not None:
-        q, k = (torch.einsum("bhpd,bpde->bhpe", part, turns) for part in (q, k))
-    scores = q @ k.transpose(-1, -2) * model.architecture.score_scale(layer)
-    return Attention(scores.masked_fill(~visible(run.mask)[:, None], -torch.inf), v)
-
-
-def visible(mask: Tensor) -> Tensor:
-    """Which keys each query sees, ``[batch, query, key]``, of a mask ``[batch, pos]``."""
-    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
-    return torch.ones_like(itself).tril() & mask[:, None] | itself
+    dtype, attention = torch.promote_types(model.dtype, torch.float32), model.attention
+    q, k, v = (attention.normed(layer, port, run[Site(port, layer)].to(dtype)) for port in PORTS)
+    values = v.transpose(1, 2).repeat_interleave(model.n_heads // v.shape[2], 1)
+    return Attention(attention.scores(layer, run.tokens, q, k), values)
 
 
 def check_attention(model: TracedModel, run: Run, layer: int, attention: Attention) -> None:
@@ -84,9 +70,9 @@ def check_attention(model: TracedModel, run: Run, layer: int, attention: Attenti
     if not off <= _ROUNDINGS * rounding * size * float(z.abs().max()):
         raise ModelError(
             f"the attention of layer {layer} of model {model.name!r} is not the softmax of scaled "
-            f"products of queries and keys over all earlier tokens (z is off by {off:.2g}): it has "
-            f"windows, caps, or rotations that the architecture of {model.architecture.family} "
-            f"does not name; its scores cannot be split"
+            f"products of queries and keys (z is off by {off:.2g}): it has norms, windows, caps, "
+            f"or rotations that the architecture of {model.architecture.family} does not name; its "
+            f"scores cannot be split"
         )
 
 

@@ -126,7 +126,8 @@ def measure(
     does not pass for looking at what is predicted. Queries without such a place are not used.
 
     The direct effect is that of all that the head writes, ``z @ W_O``, divided by the run's own
-    scale of the final norm, on the logit of the token less the mean logit of the vocabulary.
+    scale of the final norm, and of a norm behind the attention, on the logit of the token less the
+    mean logit of the vocabulary, before any cap of logits.
 
     Args:
         model: Any traced model.
@@ -154,8 +155,9 @@ def measure(
     )
     last = run[Site("resid_post", model.n_layers - 1)].to(dtype)
     direction = (wanted - reader.mean) / model.weights.norm_scale(None, last)
-    per_head = torch.einsum("hed,bqd->bqhe", model.weights.heads(layer, "o").to(dtype), direction)
-    effect = (run[Site("z", layer)].to(dtype) * per_head).sum(-1)
+    output, z = model.weights.folded(layer, dtype).o, run[Site("z", layer)].to(dtype)
+    per_head = torch.einsum("hed,bqd->bqhe", output, direction)
+    effect = (z * per_head).sum(-1) / model.weights.scale_behind(Site("z", layer), z)
     share = used.to(dtype) / used.sum(-1, keepdim=True)  # 0 / 0 is NaN: nothing was measured
     return Suppression(
         torch.einsum("bq,bqk,bhqk->bh", share, target.to(dtype), pattern),

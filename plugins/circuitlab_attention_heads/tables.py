@@ -63,7 +63,8 @@ def scales_of(
 
     In layer 0 the stream is the embedding: σ is that of each token, and with learned positions the
     mean of 1/σ over the positions, as for positions it is over the tokens. Later it is the mean of
-    1/σ over the task's prompts; without a task nothing is divided.
+    1/σ over the task's prompts; without a task nothing is divided. Nor is anything divided by norms
+    behind queries, keys or the attention, or capped.
     """
     final = 1.0 if shares is None else shares.scales[None]
     learned = model.weights.positions(torch.float64)
@@ -75,6 +76,7 @@ def scales_of(
         each, at = inverse.mean(1), inverse.mean(0).expand(len(positions))
         said = "Norm: divided by each token's own scale"
         said += "." if learned is None else ", mean over positions."
+        said += _left_out(model)
         return Scales(each, each, each, at, at, final, said)
     own = 1.0 if shares is None else shares.scales[head[0]]
     earlier = 1.0 if shares is None or through is None else shares.scales[through[0]]
@@ -82,8 +84,21 @@ def scales_of(
     said = "Norms: divided by their mean scale on the task's prompts."
     if shares is None:
         said = "Before the norms divide: without a task their scale is not known."
+    said += _left_out(model)
     keys = own * earlier
     return Scales(own * ones, keys * ones, own * ones, own * at, keys * at, final, said)
+
+
+def _left_out(model: TracedModel) -> str:
+    """What comes after the tables, in words."""
+    a = model.architecture
+    norms = [
+        *(["queries and keys"] if a.q_norm or a.k_norm else []),
+        *(["what attention writes"] if a.attention_post_norm else []),
+    ]
+    caps = [*(["scores"] if a.score_softcap else []), *(["logits"] if a.logit_softcap else [])]
+    said = f" Before the norm of {' and of '.join(norms)}." if norms else ""
+    return said + (f" Before the cap of {' and of '.join(caps)}." if caps else "")
 
 
 def add_panels(
@@ -165,7 +180,7 @@ def _offsets(model: TracedModel, found: Found) -> Curves:
     same, other, bias = [], [], []
     itself = torch.eye(len(found.tokens), dtype=torch.bool, device=found.tokens.device)
     for offset in offsets:
-        blocks = replace(found.qk[0], turn=rotation(model, offset)).blocks(
+        blocks = replace(found.qk[0], turn=rotation(model, found.head[0], offset)).blocks(
             found.tokens, found.positions
         )
         table = blocks["token", "token"] * scales.queries[:, None] * scales.keys

@@ -189,8 +189,10 @@ class _Scorer:
             self.total += self._scores(runs, difference)
         else:
             del clean, corrupt
-            for group in range(0, len(self.alphas), RUNS):
-                alphas = self.alphas[group : group + RUNS]
+            # On a host all share their round trips.
+            size = len(self.alphas) if self.model.remote else RUNS
+            for group in range(0, len(self.alphas), size):
+                alphas = self.alphas[group : group + size]
                 runs.clear()
                 for alpha in alphas:
                     point = embedding + (1 - alpha) * difference[0]

@@ -127,7 +127,7 @@ class _Crossing:
         self.path, self.model, self.layer = path, path.model, layer
         self.rows, self.alpha = [jump.pair], jump.alpha
         layers = range(layer + 1)
-        kinds = ("resid_pre", "q", "k", "v", "attn_out")
+        kinds = ("resid_pre", "q", "k", "v", "z", "attn_out")
         self.heard, self.written = Site("mlp_in", layer), Site("mlp_out", layer)
         sites = [Site(kind, n) for n in layers for kind in kinds]
         sites += [Site("mlp_in", n) for n in layers]
@@ -236,14 +236,12 @@ class _Crossing:
             return (difference * normal).double().sum((1, 2))[:, None].cpu()
         pushes = torch.cat([PUSH * difference, -PUSH * difference])
         if block.kind == "mlp":
-            moved = self._reads(block.layer, self._mlp_writes(block.layer, pushes), normal)
-            columns = [moved]
+            columns = [self._reads(self._mlp_writes(block.layer, pushes), normal)]
         else:
-            n_heads = self.model.n_heads
             columns = [
-                self._reads(block.layer, self._port_writes(block.layer, port, head, pushes), normal)
+                self._reads(write, normal)
                 for port in ("q", "k", "v")
-                for head in range(n_heads)
+                for write in self._head_writes(block.layer, port, pushes)
             ]
         ahead, behind = torch.stack(columns, 1).chunk(2)
         return (ahead - behind) / (2 * PUSH)
@@ -256,29 +254,39 @@ class _Crossing:
             Site("mlp_in", layer): self._value(Site("mlp_in", layer)) + pushes,
         }
 
-    def _port_writes(self, layer: int, port: str, head: int, pushes: Tensor) -> dict[Site, Tensor]:
-        stream = self._value(Site("resid_pre", layer))
-        n = len(pushes)
+    def _head_writes(self, layer: int, port: str, pushes: Tensor) -> Iterator[dict[Site, Tensor]]:
+        """For each head, the writes after which it alone reads pushes through the port."""
+        stream, base = self._value(Site("resid_pre", layer)), self._value(Site("z", layer))
         write = {
-            Site(kind, layer): self._value(Site(kind, layer)).expand(n, -1, -1, -1)
+            Site(kind, layer): self._value(Site(kind, layer)).expand(len(pushes), -1, -1, -1)
             for kind in ("q", "k", "v")
         }
         site = Site(port, layer)
-        changed = write[site].clone()
-        changed[:, :, head] = self.model.weights.projected(site, stream + pushes)[:, :, head]
-        return {**write, site: changed, Site("resid_pre", layer): stream.expand_as(pushes)}
+        write[site] = self.model.weights.projected(site, stream + pushes)
+        start = {Site("resid_pre", layer): stream.expand_as(pushes)}
+        # A head's z does not depend on what other heads read.
+        z = torch.cat(list(self._passes({**start, **write}, Site("z", layer))))
+        for head in range(self.model.n_heads):
+            own = base.expand_as(z).clone()
+            own[:, :, head] = z[:, :, head]
+            yield {**start, Site("z", layer): own}
 
-    def _reads(self, layer: int, write: dict[Site, Tensor], normal: Tensor) -> Tensor:
-        """The value h of runs that begin at a layer, up to a constant: ``[n]``, float64."""
-        n = len(next(iter(write.values())))
-        size = max(1, TOGETHER // normal.numel())
-        tokens = self.run.tokens
-        parts = []
-        base = self._value(self.heard)
+    def _passes(self, write: dict[Site, Tensor], site: Site) -> Iterator[Tensor]:
+        """The values at a site of runs with these writes, as many at a time as fit."""
+        n, tokens = len(next(iter(write.values()))), self.run.tokens
+        size = max(1, TOGETHER // self._value(self.heard).numel())
         for i in range(0, n, size):
-            some = {site: value[i : i + size] for site, value in write.items()}
+            some = {place: value[i : i + size] for place, value in write.items()}
             many = min(size, n - i)
             rows = Tokens(tokens.ids.repeat(many, 1), tokens.mask.repeat(many, 1))
-            run = self.model.run(rows, write=some, read=[self.heard], logits="none")
-            parts.append(((run[self.heard] - base) * normal).double().sum((1, 2)).cpu())
-        return torch.cat(parts)
+            yield self.model.run(rows, write=some, read=[site], logits="none")[site]
+
+    def _reads(self, write: dict[Site, Tensor], normal: Tensor) -> Tensor:
+        """The value h of runs that begin at a layer, up to a constant: ``[n]``, float64."""
+        base = self._value(self.heard)
+        return torch.cat(
+            [
+                ((heard - base) * normal).double().sum((1, 2)).cpu()
+                for heard in self._passes(write, self.heard)
+            ]
+        )

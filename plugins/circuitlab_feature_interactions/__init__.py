@@ -25,9 +25,9 @@ def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], Non
 
 
 @circuitlab.hookimpl
-def register_commands(register: Callable[[str, Callable[..., Mapping[str, Any]]], None]) -> None:
+def register_commands(register: Callable[..., None]) -> None:
     """Offer ``dict train``, ``dict eval``, ``dict compare`` and ``dict cards``."""
-    register("dict train", train)
+    register("dict train", train, stream_only=True)
     register("dict eval", evaluate)
     register("dict compare", compare_sets)
     register("dict cards", draw_up_cards)

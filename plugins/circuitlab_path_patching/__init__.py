@@ -24,12 +24,12 @@ Batch = Annotated[int | Literal["auto"], "pairs per pass"]
 
 
 @circuitlab.hookimpl
-def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], None]) -> None:
+def register_analyses(register: Callable[..., None]) -> None:
     """Offer ``path-patching``, ``acdc`` and three more."""
-    register("path-patching", path_patching)
+    register("path-patching", path_patching, stream_only=True, shards={"scope": "edges"})
     register("acdc", acdc)
-    register("token-ablation", token_ablation)
-    register("dose-response", dose_response)
+    register("token-ablation", token_ablation, stream_only=True)
+    register("dose-response", dose_response, stream_only=True)
     register("subspace-patching", subspace_patching)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from circuitlab import OptionError, check_cut
+from circuitlab import ModelError, OptionError, check_cut
 from circuitlab_path_patching.effects import (
     Setting,
     edge_circuit,
@@ -100,6 +100,7 @@ def run(model: TracedModel, task: Task, asked: Asked) -> CircuitGraph:
 
     Raises:
         OptionError: options do not go together, or name what the model does not have.
+        ModelError: only the blocks of the model are known, and edges or paths are asked for.
         TaskError: positions of clean and corrupt prompts do not correspond.
     """
     asked.check()
@@ -109,6 +110,12 @@ def run(model: TracedModel, task: Task, asked: Asked) -> CircuitGraph:
 
 
 def _measured(model: TracedModel, task: Task, asked: Asked) -> CircuitGraph:
+    if model.architecture.blocks_only and asked.scope in ("edges", "paths"):
+        raise ModelError(
+            f"--scope {asked.scope} needs the heads and MLPs of model {model.name!r}, and no "
+            f"plugin describes family {model.architecture.family!r}: only its blocks can be "
+            f"patched; use --scope nodes or --scope residual"
+        )
     if asked.groups:
         parse_groups(asked.groups, model.wiring)
     hypotheses = asked.hypothesis and read_hypotheses(asked.hypothesis, model.wiring)

@@ -16,17 +16,14 @@ import torch
 
 from circuitlab import OptionError, check_cut, distinct_rows, mean_intervals
 from circuitlab_path_patching.effects import (
-    Patch,
     Setting,
     Top,
-    at_positions,
     measure,
-    node_patch,
     total_circuit,
 )
 from circuitlab_path_patching.measures import NEGLIGIBLE
 from circuitlab_path_patching.panels import add_panels
-from circuitlab_path_patching.paths.language import parse_components
+from circuitlab_path_patching.patches import Patch, at_positions, node_patches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,8 +131,7 @@ def dose_response(
     alphas = _alphas(low, high, steps)
     pairs = model.encode(task)
     setting = Setting(model, pairs, mode, ablation, batch_size, torch.initial_seed())
-    names = parse_components(senders, model.wiring) if senders else list(model.wiring.sources)
-    patches = [node_patch(model, name) for name in names]
+    patches = node_patches(model, senders)
     if positions:
         patches = [one for patch in patches for one in at_positions(patch, pairs)]
     effects = _swept(setting, patches, alphas)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from circuitlab import (
     Site,
     edge_effects,
     patchers,
+    sharded,
     track,
 )
 from circuitlab_path_patching.measures import (
@@ -26,6 +27,13 @@ from circuitlab_path_patching.measures import (
     stronger,
     strongest,
     sure_effect,
+)
+from circuitlab_path_patching.patches import (
+    Patch,
+    at_positions,
+    columns,
+    node_patches,
+    stream_patches,
 )
 from circuitlab_path_patching.paths.language import parse_components, parse_receivers
 
@@ -39,8 +47,8 @@ Top = int | Literal["all"]
 _ELSE = "rest clean (noise) or corrupt (denoise), the larger; negative = helps"
 EDGE_SCORE = f"metric with the edge's corrupt value - with its clean value, {_ELSE}"
 TOTAL_SCORE = f"total effect: metric with its corrupt value - with its clean value, {_ELSE}"
-#: Nodes whose direct share the result table names, and texts of a position that are kept.
-SHOWN, EXAMPLES = 5, 5
+#: Nodes whose direct share the result table names.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -70,23 +78,6 @@ class Setting:
         return torch.cat([p.other_score - p.base_score for p in self.patchers("noise")]).cpu()
 
 
-@dataclass(frozen=True)
-class Patch:
-    """A change of the residual stream in which a component carries its other value.
-
-    Attributes:
-        name: Name of the component.
-        site: Where it is added.
-        change: What is added, ``[batch, pos, d_model]`` of a patcher.
-        data: What its node says: ``kind``, ``layer`` and more.
-    """
-
-    name: str
-    site: Site
-    change: Callable[[Patcher], Tensor]
-    data: dict[str, Any] = field(default_factory=dict)
-
-
 def edge_circuit(
     setting: Setting,
     *,
@@ -103,18 +94,19 @@ def edge_circuit(
     """
     model = setting.model
     edges = chosen_edges(model, senders, receivers)
-    effects: dict[Mode, Tensor] = {
-        mode: edge_effects(
-            model,
-            setting.pairs,
-            edges,
-            mode=mode,
-            ablation=setting.ablation,
-            batch_size=setting.batch_size,
-            stage=f"edges, {mode}",
-        )
-        for mode in setting.modes
-    }
+    with sharded():
+        effects: dict[Mode, Tensor] = {
+            mode: edge_effects(
+                model,
+                setting.pairs,
+                edges,
+                mode=mode,
+                ablation=setting.ablation,
+                batch_size=setting.batch_size,
+                stage=f"edges, {mode}",
+            )
+            for mode in setting.modes
+        }
     kept = strongest(stronger(effects).tolist(), edges, top, threshold)
     circuit = empty_circuit(model, {name for n in kept for name in edges[n][:2]})
     for number, row in zip(kept, kept_rows(setting, effects, kept), strict=True):
@@ -146,9 +138,7 @@ def node_circuit(
         OptionError: a sender does not exist.
         TaskError: positions of clean and corrupt prompts do not correspond.
     """
-    wiring = setting.model.wiring
-    sources = parse_components(senders, wiring) if senders else list(wiring.sources)
-    patches = [node_patch(setting.model, source) for source in sources]
+    patches = node_patches(setting.model, senders)
     if positions:
         patches = [one for patch in patches for one in at_positions(patch, setting.pairs)]
     circuit, kept = total_circuit(setting, patches, top, threshold)
@@ -206,76 +196,6 @@ def stream_circuit(
         f"exact patching of {len(patches):,} stream positions, {' and '.join(setting.modes)}"
     )
     return circuit
-
-
-# --- patches --------------------------------------------------------------------------------------
-
-
-def node_patch(model: TracedModel, source: str) -> Patch:
-    """A source's other output in place of its own, seen by everything after it."""
-    kind, layer, head = model.wiring.component(source)
-    row = model.wiring.source_rows[source]
-    data = {"kind": kind, "layer": layer} | ({} if head is None else {"head": head})
-    return Patch(source, model.joins(source), lambda patcher: patcher.difference[row], data)
-
-
-def stream_patches(model: TracedModel) -> list[Patch]:
-    """The whole residual stream of the other run, before each attention, each MLP and the end."""
-    wiring, found = model.wiring, []
-    for block in wiring.blocks():
-        if block.kind == "mlp" and wiring.parallel:
-            continue
-        kind = {"attention": "resid_pre", "mlp": "resid_mid", "logits": "resid_post"}[block.kind]
-        site = Site(kind, min(block.layer, model.n_layers - 1))
-        data = {"kind": "residual", "layer": site.layer}
-        found.append(Patch(str(site), site, _sum_of(block.n_sources), data))
-    return found
-
-
-def _sum_of(n_sources: int) -> Callable[[Patcher], Tensor]:
-    return lambda patcher: patcher.difference[:n_sources].sum(0)
-
-
-def at_positions(patch: Patch, pairs: EncodedTask) -> list[Patch]:
-    """The same patch at each position alone."""
-    width = pairs.clean.ids.shape[1]
-
-    def only(position: int) -> Callable[[Patcher], Tensor]:
-        def change(patcher: Patcher) -> Tensor:
-            whole = patch.change(patcher)
-            # A batch may be narrower than the task; its positions end where the task's do.
-            place = position - width + whole.shape[1]
-            if place < 0:
-                return torch.zeros_like(whole)
-            kept = torch.zeros_like(whole)
-            kept[:, place] = whole[:, place]
-            return kept
-
-        return change
-
-    return [
-        Patch(f"{patch.name}[{name}]", patch.site, only(number), patch.data | data)
-        for number, (name, data) in enumerate(columns(pairs))
-    ]
-
-
-def columns(pairs: EncodedTask) -> list[tuple[str, dict[str, Any]]]:
-    """Name and data of each position: counted from the first, or from the end where lengths differ.
-
-    ``token`` is the commonest text there in the clean prompts, ``tokens`` the commonest few where
-    they differ.
-    """
-    texts = pairs.tokens_text
-    width = pairs.clean.ids.shape[1]
-    even = all(len(text) == width for text in texts)
-    found = []
-    for column in range(width):
-        at = column if even else column - width
-        seen = Counter(text[column - width] for text in texts if len(text) >= width - column)
-        common = [token for token, _ in seen.most_common(EXAMPLES)]
-        several = {"tokens": common} if len(common) > 1 else {}
-        found.append((str(at), {"position": at, "token": common[0], **several}))
-    return found
 
 
 # --- measuring ------------------------------------------------------------------------------------

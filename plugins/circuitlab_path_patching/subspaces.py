@@ -20,10 +20,11 @@ import torch
 
 from circuitlab import OptionError, Site, choose_batch_size, distinct_rows, mean_intervals
 from circuitlab_path_patching.directions import read_subspace, row_space, split
-from circuitlab_path_patching.effects import Patch, Setting, measure, total_circuit
+from circuitlab_path_patching.effects import Setting, measure, total_circuit
 from circuitlab_path_patching.features import from_the_end, parse_site
 from circuitlab_path_patching.measures import effect_text
 from circuitlab_path_patching.panels import add_panels
+from circuitlab_path_patching.patches import Patch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,7 @@ def subspace_patching(
         NumericsError: an activation is not finite.
     """
     pairs = model.encode(task)
-    place = _place(site, pairs)
+    place = _place(site, model, pairs)
     setting = Setting(model, pairs, mode, "counterfactual", batch_size, torch.initial_seed())
     # First: it refuses prompts whose positions do not correspond.
     task_change = setting.change()
@@ -168,11 +169,17 @@ def subspace_patching(
 # --- the site -------------------------------------------------------------------------------------
 
 
-def _place(text: str, pairs: EncodedTask) -> Site:
-    site = parse_site(text)
+def _place(text: str, model: TracedModel, pairs: EncodedTask) -> Site:
+    site, described = parse_site(text), model.architecture
     streams = ("resid_pre", "resid_mid", "resid_post", "mlp_post")
     if site.kind not in streams and not (site.kind == "z" and site.head is not None):
         raise OptionError(f"site {text!r} has no readers of its own; give {_SITES}")
+    behind = {"z": described.attention_post_norm, "mlp_post": described.mlp_post_norm}
+    if behind.get(site.kind):
+        raise OptionError(
+            f"site {text!r} writes through the norm {behind[site.kind]} of {described.family}, "
+            f"which is no linear map; give resid_mid or resid_post"
+        )
     if site.position is None:
         return site
     return Site(site.kind, site.layer, site.head, from_the_end(site, text, pairs))

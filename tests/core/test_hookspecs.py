@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from circuitlab_model_families.families import gpt_neox
 from hooked_passes import random_neox
-from path_scores import NeoX
 from torch import Tensor
 
 from circuitlab import (
+    Architecture,
     CircuitGraph,
     Edge,
     ModelError,
@@ -119,6 +120,14 @@ def test_hook_annotate_circuit() -> None:
     assert all(data["task"] == "toy" for _, data in circuit.nodes(data=True))
 
 
+class NeoX:
+    """A plugin that knows a family: parallel blocks, heads interleaved in one projection."""
+
+    @hookimpl
+    def adapt_architecture(self, config: Any) -> Architecture | None:
+        return gpt_neox(config) if config.model_type == "gpt_neox" else None
+
+
 def test_hook_adapt_architecture() -> None:
     """A family that a plugin describes passes the self-check; its gradients and effects are right.
 
@@ -126,9 +135,10 @@ def test_hook_adapt_architecture() -> None:
     of subtracting the source's output from the last stream.
     """
     module: Any = random_neox(dtype=torch.float32)
-    with pytest.raises(ModelError, match=r"family 'gpt_neox'.*no installed plugin describes"):
-        load_model((module, None))
-    model = load_model((module, None), registry=installed_and(NeoX()))
+    registry = Registry.load(allowed=[])
+    assert load_model((module, None), registry=registry).architecture.blocks_only
+    registry.add(NeoX(), PluginInfo("own", "circuitlab-own", "0.1"))
+    model = load_model((module, None), registry=registry)
     assert (model.architecture.family, model.wiring.parallel) == ("GPT-NeoX", True)
 
     def metric(logits: Tensor) -> Tensor:
@@ -204,6 +214,43 @@ def test_what_a_command_gives_is_plain(found: Any) -> None:
         command = installed_and(Commands(function=function)).commands["model sizes"]
         with pytest.raises(PluginError, match=f"command 'model sizes' of plugin 'own'.*{words}"):
             run_command(command, tiny_model(), {})
+
+
+def test_stream_only() -> None:
+    """Where no plugin describes a family, what says it needs no more than the stream runs on it."""
+
+    class Plugin:
+        @hookimpl
+        def register_analyses(self, register: Any) -> None:
+            register("own-streams", one_stream, stream_only=True)
+            register("own-heads", one_head)
+
+        @hookimpl
+        def register_commands(self, register: Any) -> None:
+            register("own sizes", lambda model: {"layers": model.n_layers}, stream_only=True)
+            register("own heads", lambda model: {"heads": model.n_heads})
+
+    def one_stream(model: TracedModel, task: Task) -> CircuitGraph:
+        """The stream."""
+        circuit = CircuitGraph()
+        circuit.add_component("resid_pre.0", kind="residual", layer=0)
+        circuit.add_component("logits", kind="logits", layer=model.n_layers)
+        circuit.add_effect("resid_pre.0", "logits", 1.0)
+        return circuit
+
+    registry = Registry.load(allowed=[])
+    registry.add(Plugin(), PluginInfo("own", "circuitlab-own", "0.1"))
+    model = load_model(random_neox(dtype=torch.float32), registry=registry)
+    options: dict[str, Any] = {"registry": registry, "allow_weak": True}
+    circuit = build_circuit(model, TASK, "own-streams", **options)
+    assert circuit.graph["n_heads"] == 0
+    works = r"no plugin describes family 'gpt_neox' \(asked: defaults\).*: own sizes, own-streams;"
+    with pytest.raises(ModelError, match=f"own-heads needs the heads.*{works}"):
+        build_circuit(model, TASK, "own-heads", **options)
+    sizes, heads = (registry.commands[name] for name in ("own sizes", "own heads"))
+    assert run_command(sizes, model, {}, registry=registry) == {"layers": 2}
+    with pytest.raises(ModelError, match=f"own heads needs the heads.*{works}"):
+        run_command(heads, model, {}, registry=registry)
 
 
 def test_core_families_come_last() -> None:

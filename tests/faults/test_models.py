@@ -43,33 +43,76 @@ def configure(folder: Path, **values: Any) -> None:
 # --- 30: architectures ----------------------------------------------------------------------------
 
 
-def other_families() -> dict[str, Any]:
-    """Small models of families with grouped queries, experts, norms after, fused projections."""
+def undescribed() -> dict[str, Any]:
+    """Small models of families that no plugin describes; XLM keeps no list of blocks."""
     import transformers as t
 
-    size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    wide = size | {"intermediate_size": 32, "max_position_embeddings": 16}
+    size: dict[str, Any] = {"vocab_size": 40}
+    wide = size | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return {
-        "llama": t.LlamaConfig(**wide, num_key_value_heads=1),
-        "mixtral": t.MixtralConfig(**wide, num_key_value_heads=1, num_local_experts=2),
-        "olmo2": t.Olmo2Config(**wide, pad_token_id=0),
-        "gpt_neox": t.GPTNeoXConfig(**wide),
+        "opt": t.OPTConfig(**wide, ffn_dim=32, max_position_embeddings=32, word_embed_proj_dim=16),
+        "xlm": t.XLMConfig(**size, emb_dim=16, n_layers=2, n_heads=2, causal=True, pad_index=0),
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "olmo2", "gpt_neox"])
-def test_row_30_an_unknown_family_names_what_was_asked(
-    family: str, lab: Lab, tmp_path: Path
-) -> None:
-    """Family and class of the model, the plugins asked, and the hook that would help."""
+def save(family: str, folder: Path) -> None:
+    """A random model of the family."""
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_config(other_families()[family]).save_pretrained(tmp_path / "m")
+    AutoModelForCausalLM.from_config(undescribed()[family]).save_pretrained(folder)
+
+
+ASKED = ("--model", "m", "--task-file", "pairs.json", "--allow-weak")
+
+
+def test_row_30_an_unknown_family_says_what_still_works(lab: Lab, tmp_path: Path) -> None:
+    """What needs heads is refused and names what does not, the plugins asked, and the hook."""
+    save("opt", tmp_path / "m")
+    pair = {"clean": [1, 2, 3], "corrupt": [1, 5, 3], "answers": [7], "wrong_answers": [8]}
+    task = {"name": "ids", "metric": "logit-difference", "prompts": [pair]}
+    (tmp_path / "pairs.json").write_text(json.dumps(task), "utf-8")
+    message = refused(lab("trace", *ASKED))
+    assert "edge-attribution needs the heads, MLPs and norms of model 'm'" in message
+    assert "no plugin describes family 'opt' (asked: defaults, model-families)" in message
+    works = "activation-plateaus, dict train, dose-response, path-patching, token-ablation"
+    assert f"what works on the stream between its blocks: {works};" in message
+    assert "adapt_architecture" in message
+    message = refused(lab("dict", "cards", "--model", "m"))
+    assert "dict cards needs the heads, MLPs and norms of model 'm'" in message
+    message = refused(lab("trace", "path-patching", *ASKED))
+    assert "--scope edges needs the heads and MLPs of model 'm'" in message
+    assert "use --scope nodes or --scope residual" in message
+    for works in (("path-patching", "--scope", "nodes"), ("dose-response",), ("token-ablation",)):
+        done = lab("trace", *works, *ASKED)
+        assert done.code == 0, done.err
+    (tmp_path / "ids.jsonl").write_text("[1, 2, 3, 4]\n" * 64, "utf-8")
+    texts = ("--model", "m", "--data", "ids.jsonl", "--sites", "block.1")
+    done = lab("dict", "train", *texts, "--interaction", "none", "--steps", "2")
+    assert done.code == 0, done.err
+    assert "only the stream" in refused(lab("dict", "train", *texts, "--output", "other"))
+
+
+@pytest.mark.parametrize("command", [("models", "check"), ("doctor",)])
+def test_row_30_the_checks_of_an_unknown_family(
+    command: tuple[str, ...], lab: Lab, tmp_path: Path
+) -> None:
+    """What holds of its blocks is shown, and which analyses work on them."""
+    save("opt", tmp_path / "m")
+    done = lab(*command, "m")
+    assert done.code == 0
+    assert "opt, 2 layers, blocks alone" in done.out
+    assert "holds\tblock 1 reads what block 0 hands on" in done.out
+    assert "works on it: activation-plateaus, dict train, dose-response, path-patching" in done.out
+
+
+def test_row_30_a_model_without_blocks_names_what_was_looked_for(lab: Lab, tmp_path: Path) -> None:
+    """Family and class of the model, the plugins asked, the list that is not there, the hook."""
+    save("xlm", tmp_path / "m")
     for command in (("models", "check", "m"), ("trace", "--model", "m", "--task", "ioi-mini")):
         message = refused(lab(*command))
-        assert f"model 'm' is of family '{family}'" in message
-        assert "ForCausalLM" in message
-        assert "(asked: defaults)" in message
+        assert "model 'm' is of family 'xlm' (XLMWithLMHeadModel)" in message
+        assert "(asked: defaults, model-families)" in message
+        assert "a list of 2 blocks was looked for" in message
         assert "no analysis works until a plugin offers adapt_architecture" in message
 
 
@@ -314,3 +357,25 @@ def test_row_34_a_folder_without_weights_is_named(lab: Lab, folder: Path) -> Non
     """No weights at all: the file that is expected is named."""
     (folder / "model.safetensors").unlink()
     assert "has no weights; expected model.safetensors" in refused(lab("models", "check", folder))
+
+
+# --- 35: versions ---------------------------------------------------------------------------------
+
+
+def test_row_35_other_versions_are_one_line_and_no_more(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that was not tested is named once on stderr, the run goes on, doctor shows it."""
+    from circuitlab.cli import installed
+
+    asked = ("trace", "--model", "gate-and", "--verify", "0")
+    assert "not tested" not in lab(*asked).err
+    tested = {**installed.TESTED, "nnsight": "0.1", "torch": "1.0"}
+    monkeypatch.setattr(installed, "TESTED", tested)
+    done = lab(*asked)
+    assert done.code == 0
+    lines = [line for line in done.err.splitlines() if "not tested" in line]
+    assert len(lines) == 1
+    assert "nnsight 0." in lines[0]
+    assert "(tested with 0.1)" in lines[0]
+    assert "(tested with 1.0)" in lab("doctor").out

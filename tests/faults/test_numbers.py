@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def test_row_24_logits_that_differ_from_plain_hugging_face_stop_the_run(
 
     def shifted(module: Any) -> Any:
         probe = honest(module)
-        return type(probe)(probe.tokens, probe.logits + 0.01 * probe.logits.abs().max())
+        return replace(probe, logits=probe.logits + 0.01 * probe.logits.abs().max())
 
     monkeypatch.setattr(loading, "probe", shifted)
     done = lab("trace", "--model", "ioi-mini", "--output", "c.json")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from circuitlab_feature_interactions.interactions import make_route
 from circuitlab_feature_interactions.sites import make_pair
-from families import family_model
+from families import family_model, random_module, silent
 from interaction_oracles import (
     dense_attributions,
     gated_mlp,
@@ -73,7 +73,7 @@ def test_sampling_is_unbiased(draws: dict[str, int]) -> None:
 
 def test_unknown_mlps_are_refused() -> None:
     """A family that does not name its MLP's maps, and one that leaves the gate out."""
-    model = family_model("neox")
+    model = silent(random_module("neox"))
     with pytest.raises(SiteError, match="mlp_input_projection"):
         make_route(model, make_pair("mlp", 0, model))
     model = family_model("llama")

@@ -10,7 +10,7 @@ import torch
 from circuitlab_attention_heads.reading import head_circuits
 from circuitlab_attention_heads.tables import LEAST
 from dense_heads import Dense, divisor
-from families import family_model, random_module, traced
+from families import family_model, random_module, traced, unchecked
 from random_tasks import random_task
 from torch import Tensor
 
@@ -366,4 +366,4 @@ def test_a_model_that_is_not_as_described_is_refused_without_a_task_too() -> Non
     module: Any = oracles.random_gpt2()
     module.transformer.drop = torch.nn.Softsign()
     with pytest.raises(ModelError, match="does not read the sum of token and position embeddings"):
-        head_circuits(load_model((module, None)), None, head="a0.h0", tokens="#1,#2")
+        head_circuits(unchecked(module), None, head="a0.h0", tokens="#1,#2")

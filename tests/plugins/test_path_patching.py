@@ -9,9 +9,10 @@ import oracles
 import path_oracles
 import pytest
 import torch
-from circuitlab_path_patching.effects import Setting, measure, node_patch, stream_patches
-from circuitlab_path_patching.effects import at_positions as each_position
+from circuitlab_path_patching.effects import Setting, measure
 from circuitlab_path_patching.measures import effect_rows, strongest, sure_effect
+from circuitlab_path_patching.patches import at_positions as each_position
+from circuitlab_path_patching.patches import node_patch, stream_patches
 from path_scores import Brute
 from random_tasks import random_task
 from torch import Tensor
@@ -28,7 +29,6 @@ from circuitlab import (
     load_model,
     memory,
     panels_of,
-    patching,
 )
 
 MODES = ("noise", "denoise")
@@ -267,7 +267,7 @@ def test_an_interrupted_scan_goes_on(
 ) -> None:
     """Only what was missing is patched, and the circuit is that of an uninterrupted run."""
     monkeypatch.setitem(memory.PATCHES, "cpu", 0)
-    monkeypatch.setattr(patching, "TOGETHER", 1)  # one edge a pass
+    monkeypatch.setattr(memory, "TOGETHER", 1)  # one edge a pass
     task, state = random_task([4, 4, 4]), tmp_path / "run.state"
     options: dict[str, Any] = {"mode": mode, "top": "all", "allow_weak": True, "batch_size": 2}
     whole = build(model, task, **options)

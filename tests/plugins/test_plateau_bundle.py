@@ -11,6 +11,7 @@ from circuitlab_activation_plateaus.walks.bundle import Bundle, Settings, measur
 from circuitlab_activation_plateaus.walks.pairs import Bank, make_bank
 from circuitlab_activation_plateaus.walks.paths import PATHS
 from circuitlab_activation_plateaus.walks.walking import refined
+from families import family_model
 from oracles import random_gpt2
 from plateau_oracles import Hooked, build, put, same
 from torch import Tensor
@@ -145,6 +146,15 @@ def test_large_vocabulary() -> None:
     kept = found.walks.logits.diff(dim=1).norm(dim=-1)
     assert torch.allclose(kept, speeds, rtol=1e-6)
     assert float(found.misfit.max()) < 1e-6
+
+
+def test_large_vocabulary_of_capped_logits() -> None:
+    """A cap bends logits out of that space: all of them are kept."""
+    model = family_model("gemma2", vocab_size=400)
+    bank, settings = last_token(model, 5), Settings(SITE, steps=9, refine=2)
+    found = measure(model, bank, settings, "walking", read=[])
+    assert found.walks is not None
+    assert found.walks.logits.shape == (5, 11, 400)
 
 
 def alike(module: Any) -> TracedModel:

@@ -15,7 +15,7 @@ from circuitlab_activation_plateaus.sharpness.gates import (
     rebinned,
 )
 from circuitlab_activation_plateaus.walks.walking import Walks, walk
-from families import random_module, traced
+from families import random_module, silent, traced
 from torch import Tensor, nn
 
 from circuitlab import CircuitGraph, ModelError, Site, Tokens, load_model, panels_of
@@ -86,7 +86,7 @@ def test_flips_are_the_signs_that_a_plain_model_shows() -> None:
 
 def test_mlp_that_is_not_described_is_left_out() -> None:
     """Where the architecture does not say what the hidden layer is, the reason is told."""
-    model = traced(random_module("neox", 2))
+    model = silent(random_module("neox", 2))
     site = Site("resid_pre", 1)
     walks = walk(model, prompt(), site, line(2, 3, model.d_model), read=gate_sites(model, site))
     flips = gate_flips(model, site, walks)

@@ -32,7 +32,8 @@ from circuitlab import (
     load_model,
 )
 
-KINDS = ("gpt2", *families.FAMILIES)
+#: And those with norms behind attention and MLP, caps, windows, fused projections and experts.
+KINDS = ("gpt2", *families.FAMILIES, "gemma2", "gemma3", "olmo2", "qwen3", "phi3", "mixtral")
 LENGTHS = [6, 4, 3]
 STEPS = torch.tensor([-3.0, -0.5, 0.0, 0.7, 2.0], dtype=torch.float64)
 
@@ -62,19 +63,27 @@ def added_to(pairs: EncodedTask, width: int = 16) -> Tensor:
 
 @torch.no_grad()
 def plain_logits(module: Any, prompt: tuple[int, ...], layer: int, push: Tensor) -> Tensor:
-    """Logits after the last token of one prompt whose stream before a block is pushed."""
+    """Logits, before any cap, after the last token of a prompt whose stream is pushed."""
+    found: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> None:
+        found.append(output[0, -1].double())
 
     def before(_: Any, args: Any, kwargs: Any) -> Any:
         if args:
             return (args[0] + push, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + push}
 
-    hook = blocks(module)[layer].register_forward_pre_hook(before, with_kwargs=True)
+    hooks = [
+        blocks(module)[layer].register_forward_pre_hook(before, with_kwargs=True),
+        module.get_output_embeddings().register_forward_hook(keep),
+    ]
     try:
-        logits: Tensor = module(torch.tensor([prompt])).logits[0, -1]
+        module(torch.tensor([prompt]))
     finally:
-        hook.remove()
-    return logits.double()
+        for hook in hooks:
+            hook.remove()
+    return found[0]
 
 
 def difference(logits: Tensor, pair: PromptPair) -> float:
@@ -229,9 +238,10 @@ def test_neurons_sum_to_their_mlp() -> None:
         hook.remove()
 
 
-def test_gated_mlps_have_neurons_too() -> None:
-    """Where no map and nonlinearity are named, the hidden layer still is what the output reads."""
-    _, model = small("llama")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "olmo2"])
+def test_gated_mlps_have_neurons_too(kind: str) -> None:
+    """What the output projection reads, also through a norm behind the MLP."""
+    _, model = small(kind)
     found, _, _ = scanned(model, random_task(LENGTHS), Site("resid_pre", 1), neurons=1)
     assert found.neurons is not None
     whole = found.attributions[found.names.index("m1")]

@@ -12,7 +12,7 @@ from circuitlab_activation_plateaus.sharpness.circuits import freeze, sharpening
 from circuitlab_activation_plateaus.sharpness.freezing import NOTHING, parts_after
 from circuitlab_activation_plateaus.walks.bundle import Settings
 from circuitlab_activation_plateaus.walks.pairs import Bank
-from families import random_module, traced
+from families import random_module, silent, traced
 from freeze_oracles import Plain
 from torch import Tensor
 
@@ -241,7 +241,7 @@ def test_chunks_of_pairs_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_norms_that_cannot_be_held_are_told() -> None:
     """Where the MLP is not described its norm is left out with the reason; the rest is there."""
-    model = traced(random_module("neox-sequential", 2))
+    model = silent(random_module("neox-sequential", 2))
     graph = sharpening_circuit(model, bank_of(PAIRS), SETTINGS, kinds=["ln", "mlp"])
     assert set(graph.graph["not_held"]) == {"m1.norm", "all norms"}
     assert "hidden layer" in graph.graph["not_held"]["m1.norm"]

@@ -11,7 +11,7 @@ import torch
 from circuitlab_attention_heads.ov import OVCircuit, centred_unembedding, ov_circuit
 from circuitlab_attention_heads.qk import QKCircuit, qk_circuit
 from dense_heads import Dense, divisor
-from families import FAMILIES, random_module, unchecked
+from families import ALL_FAMILIES, random_module, unchecked
 from torch import Tensor
 
 from circuitlab import OptionError, TracedModel, load_model
@@ -21,10 +21,10 @@ MODULES = {
     "gpt2": oracles.random_gpt2,
     "gpt2-no-norms": lambda: oracles.random_gpt2(layer_norm=False),
     "gpt2-float32": lambda: oracles.random_gpt2(dtype=torch.float32),
-    **{name: lambda name=name: random_module(name, dtype=torch.float64) for name in FAMILIES},
+    **{name: lambda name=name: random_module(name, dtype=torch.float64) for name in ALL_FAMILIES},
 }
-ROTARY = FAMILIES
-LEARNED = [name for name in MODULES if name not in FAMILIES]
+ROTARY = ALL_FAMILIES
+LEARNED = [name for name in MODULES if name not in ALL_FAMILIES]
 TOKENS, POSITIONS = torch.tensor([3, 17, 0, 39, 8]), torch.tensor([0, 5, 15])
 
 
@@ -104,7 +104,7 @@ def test_turned_blocks_add_up_to_the_models_own_scores(name: str) -> None:
     with torch.no_grad():
         normal = dense.norm(dense.tokens[TOKENS].to(model.dtype)).double()
     (w_q, b_q), (w_k, b_k) = dense.raw("q"), dense.raw("k")
-    q, k = normal @ w_q + b_q, normal @ w_k + b_k
+    q, k = (normal @ w_q + b_q) * dense.gain("q"), (normal @ w_k + b_k) * dense.gain("k")
     expected = dense.scale * (q @ dense.turn(9)) @ (k @ dense.turn(5)).T
     sigma = divisor(dense.norm, dense.tokens[TOKENS])
     blocks = circuit.blocks(TOKENS, POSITIONS)

@@ -290,7 +290,9 @@ def test_same_seed_same_roles() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "neox", "mistral", "qwen3", "gemma2", "gemma3", "olmo2", "phi3"]
+)
 def test_padding_and_batches_change_nothing(family: str) -> None:
     """Every score is that of the plain module, which reads each sequence by itself, unpadded."""
     module: Any = random_gpt2(dtype=torch.float32) if family == "gpt2" else random_module(family)

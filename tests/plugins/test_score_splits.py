@@ -12,7 +12,7 @@ from attention_oracles import parts_of, patterns, scale_of
 from circuitlab_attention_heads.margins import MarginParts, contest, split_margin
 from circuitlab_attention_heads.replacing import Replacer
 from circuitlab_attention_heads.scores import BIASES, INPUTS, ScoreParts, split_scores, stream_parts
-from families import FAMILIES, random_module, traced
+from families import ALL_FAMILIES, random_module, traced
 from random_tasks import random_task
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def last_but(n: int) -> Tensor:
 
 
 def families() -> Any:
-    return pytest.mark.parametrize("family", FAMILIES)
+    return pytest.mark.parametrize("family", ALL_FAMILIES)
 
 
 def family_case(family: str) -> Case:
@@ -128,9 +128,54 @@ def test_parts_sum_to_the_scores_of_rotated_and_grouped_heads(family: str) -> No
     case = family_case(family)
     for layer in range(case.model.n_layers):
         split = case.split(layer, last_but(0))
-        whole = summed(split).masked_fill(~case.run.mask[:, None], -torch.inf)
+        whole = summed(split)
+        assert split.softcap == (2 if family.startswith("gemma2") else 0)
+        if split.softcap:
+            whole = 2 * torch.tanh(whole / 2)
+        seen = case.run.mask[:, None].expand_as(whole)
+        if family == "mistral" or (family in ("gemma2", "gemma3") and layer == 0):
+            seen = seen & (torch.arange(max(LENGTHS)) > max(LENGTHS) - 4)
+        whole = whole.masked_fill(~seen, -torch.inf)
         assert (whole.softmax(-1) - case.pattern(layer, last_but(0))).abs().max() < 2e-5
         assert split.names[:1] == ("input",)
+
+
+@families()
+@pytest.mark.parametrize("against", ["second", "rest"])
+def test_parts_sum_to_the_margins_of_every_family(family: str, against: Any) -> None:
+    """Those of the stock model's log attentions: windows, caps and normed queries make no gap."""
+    case = family_case(family)
+    for layer in range(case.model.n_layers):
+        won, parts = case.margins(layer, last_but(0), against)
+        logs = case.pattern(layer, last_but(0)).double().log()
+        best = logs.topk(2, -1).values
+        margin = best[..., 0] - best[..., 1]
+        if against == "rest":
+            others = logs.scatter(-1, logs.argmax(-1, keepdim=True), -torch.inf)
+            margin = best[..., 0] - others.logsumexp(-1)
+        assert (won.margin - margin).abs().max() < 2e-3
+        for found in (parts.by_query.sum(0), parts.by_key.sum(0)):
+            assert (found + won.remainder - won.margin).abs().max() < 1e-4
+        whole = parts.both.sum((1, 2))
+        assert (whole - (won.margin - won.remainder).sum(0)).abs().max() < 1e-3
+
+
+def test_a_part_under_a_cap_is_what_the_cap_leaves_of_its_score() -> None:
+    """Each part of a capped score r is its own times c tanh(r / c) / r, key by key."""
+    case = family_case("gemma2")
+    at = last_but(0)
+    for layer in range(case.model.n_layers):
+        split = case.split(layer, at)
+        won = contest(case.scores(layer, at))
+        parts = split_margin(split, won.weights, at)
+        for row, head in product(range(len(LENGTHS)), range(4)):
+            total = torch.zeros(len(split.names))
+            for column in won.weights[row, head].nonzero().flatten().tolist():
+                by_key = split.keys[:, row, column, head] @ split.queries[:, row, head].sum(0)
+                score = by_key.sum()
+                left = 2 * torch.tanh(score / 2) / score
+                total += won.weights[row, head, column] * left * by_key
+            assert torch.allclose(parts.by_key[:, row, head], total, atol=1e-5)
 
 
 def test_input_is_its_token_and_its_position() -> None:

@@ -24,7 +24,7 @@ from circuitlab_attention_heads.sharpness import (
     tempered,
     uniform,
 )
-from families import FAMILIES, random_module, traced
+from families import ALL_FAMILIES, random_module, traced
 from random_tasks import random_task
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from circuitlab import (
 
 #: Lengths of prompts; all but the first are padded.
 LENGTHS = [6, 4, 3]
-TOLERANCES = {"gpt2": 1e-9} | dict.fromkeys(FAMILIES, 1e-4)
+TOLERANCES = {"gpt2": 1e-9} | dict.fromkeys(ALL_FAMILIES, 1e-4)
 
 
 def modules(family: str) -> tuple[Any, TracedModel]:

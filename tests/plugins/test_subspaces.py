@@ -12,6 +12,7 @@ import pytest
 import torch
 from circuitlab_path_patching.directions import row_space, split
 from circuitlab_path_patching.subspaces import subspace_patching
+from families import family_model
 from path_scores import TOLERANCES, Brute, gap, small_model
 from random_tasks import random_task
 from torch import Tensor
@@ -284,6 +285,13 @@ def test_sites_that_cannot_be_patched(site: str, message: str) -> None:
         subspace_patching(model, random_task([6, 4]), site=site)
     with pytest.raises(SiteError, match="layers run from 0 to 1"):
         subspace_patching(model, random_task([4]), site="resid_post.7")
+
+
+@pytest.mark.parametrize("site", ["z.0.h1", "mlp_post.1"])
+def test_what_writes_through_a_norm_is_refused(site: str) -> None:
+    """A norm behind attention or MLP makes the write no linear map of the site."""
+    with pytest.raises(OptionError, match=r"writes through the norm post_\w+norm of"):
+        subspace_patching(family_model("gemma2"), random_task([4, 4]), site=site)
 
 
 def test_directions_that_cannot_be_used(saved: Callable[[Tensor], Path], tmp_path: Path) -> None:

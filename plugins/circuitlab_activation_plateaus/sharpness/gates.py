@@ -93,7 +93,12 @@ def mlp_stream(model: TracedModel, layer: int) -> Site:
 
 
 def gate_sites(model: TracedModel, site: Site) -> list[Site]:
-    """What :func:`gate_flips` needs read: the streams of all MLPs that run after a site."""
+    """What :func:`gate_flips` needs read: the streams of all MLPs that run after a site.
+
+    None where only the blocks of the model are known.
+    """
+    if model.architecture.blocks_only:
+        return []
     streams = [mlp_stream(model, layer) for layer in range(model.n_layers)]
     return [stream for stream in streams if site < stream]
 
@@ -126,8 +131,9 @@ def gate_flips(model: TracedModel, site: Site, walks: Walks) -> Flips:
         walks: Walks that read :func:`gate_sites`.
     """
     streams = {**walks.read, site: walks.points}
+    n_known = 0 if model.architecture.blocks_only else model.n_layers
     counts, layers, n_gates, left_out = [], [], [], {}
-    for layer in range(model.n_layers):
+    for layer in range(n_known):
         stream = streams.get(mlp_stream(model, layer))
         if stream is None:
             continue

@@ -112,7 +112,8 @@ class Verdict:
 
 def layer_sites(model: TracedModel, site: Site) -> list[Site]:
     """The residual streams that run after a site, in order: what :func:`layer_table` is for."""
-    kinds = ("resid_post",) if model.wiring.parallel else ("resid_mid", "resid_post")
+    whole = model.architecture.blocks_only or model.wiring.parallel
+    kinds = ("resid_post",) if whole else ("resid_mid", "resid_post")
     sites = [Site(kind, layer) for layer in range(model.n_layers) for kind in kinds]
     return [each for each in sites if site < each]
 

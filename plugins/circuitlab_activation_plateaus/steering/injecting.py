@@ -3,6 +3,8 @@
 A vector v is added c times to a residual stream, another c in each row of the batch. The logit
 difference of every row is the sum of what the components write at the last position, each along the
 unembedding of the answers and divided by the scale of that row's own final norm: no approximation.
+What a norm behind an attention or an MLP divides by is that of the row too; a cap of the logits is
+undone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 #: Bytes that the activations of one pass may take, when the batch size is not given.
 MEMORY = 512 * 2**20
+#: Largest share of its cap that a logit may have to be told from the cap itself.
+_LARGEST = 1 - 2**-40
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Readout:
         direction: What a unit along each axis of the normed last stream adds, ``[n_prompts,
             d_model]``, float64; the final norm's gain is folded in.
         bias: What the unembedding adds by itself, ``[n_prompts]``.
+        softcap: ``c`` where the model makes logits ``c tanh(logit / c)``: undone, as only what was
+            before is a sum over components. 0 for none.
     """
 
     what: str
@@ -46,10 +52,14 @@ class Readout:
     weights: Tensor
     direction: Tensor
     bias: Tensor
+    softcap: float = 0.0
 
     def of(self, logits: Tensor, prompts: Tensor | slice = slice(None)) -> Tensor:
         """Its value for logits of ``tokens``, ``[n_rows, n]``, of these prompts: ``[n_rows]``."""
-        return (logits.to(self.weights.dtype) * self.weights[prompts]).sum(-1)
+        logits = logits.to(self.weights.dtype)
+        if self.softcap:
+            logits = self.softcap * (logits / self.softcap).clamp(-_LARGEST, _LARGEST).atanh()
+        return (logits * self.weights[prompts]).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,9 @@ def readout(model: TracedModel, pairs: EncodedTask) -> Readout:
         weights -= 1 / vocabulary
         tokens, what = None, "mean logit of the right answers - mean of all logits"
     direction = (weights.to(weight) @ weight.T).double()
-    return Readout(what, tokens, weights, direction, weights @ bias.double())
+    softcap = model.architecture.logit_softcap
+    what += ", before the cap of the logits" if softcap else ""
+    return Readout(what, tokens, weights, direction, weights @ bias.double(), softcap)
 
 
 @torch.no_grad()
@@ -237,11 +249,11 @@ class _Parts:
         self._first_mlp = site.layer + (site.kind == "resid_post")
         self._last = Site("resid_post", model.n_layers - 1)
         self.sites = [*self._writes(changed=True), self._last]
-        #: Read-out of what a head's z is, ``[n_prompts, n_heads, d_head]``.
-        self._heads = [
-            torch.einsum("hed,pd->phe", model.weights.heads(n, "o").double(), read.direction)
-            for n in range(model.n_layers)
-        ]
+        outputs = [model.weights.heads(n, "o").double() for n in range(model.n_layers)]
+        #: Output projections; and the read-out of what a head's z is, ``[n_prompts, n_heads,
+        #: d_head]``, where no norm stands behind.
+        self._outputs = outputs if model.architecture.attention_post_norm else []
+        self._heads = [torch.einsum("hed,pd->phe", o, read.direction) for o in outputs]
         biases = [model.weights.attention_bias(n).double() for n in range(model.n_layers)]
         #: Numerators that no injection changes, ``[n_components, n_prompts]``, and what is added
         #: behind the norm.
@@ -250,8 +262,8 @@ class _Parts:
         self._constant = read.bias
         self._along = (added * read.direction).sum(-1)
         if neurons is not None:
-            out = next(model.weights.reading(Site("mlp_post", neurons)))
-            self.neurons = read.direction @ out.to(read.direction).T
+            self._out = next(model.weights.reading(Site("mlp_post", neurons))).to(read.direction)
+            self.neurons = read.direction @ self._out.T
             self.sites.append(Site("mlp_post", neurons))
             self._mlp_bias = read.direction.new_zeros(len(read.direction))
 
@@ -261,7 +273,7 @@ class _Parts:
         sites = [self.site]
         if self.names:
             sites += [Site("resid_pre", 0), *self._writes(changed=False)]
-        layer, by_neuron = self._neuron_layer, self.neurons
+        layer = self._neuron_layer
         if layer is not None:
             sites += [Site("mlp_post", layer), Site("mlp_out", layer)]
         size = _rows_at_once(model, tokens, batch_size)
@@ -275,11 +287,10 @@ class _Parts:
                 self._fixed[0, prompts] = (own * self.direction[prompts]).sum(-1)
                 for index, values in self._written(run, prompts, changed=False):
                     self._fixed[index, prompts] = values
-                if layer is not None and by_neuron is not None:
+                if layer is not None and self.neurons is not None:
                     # What the MLP writes beyond its neurons is its bias, the same in every row.
                     own = run[Site("mlp_out", layer)][:, -1].double() * self.direction[prompts]
-                    post = run[Site("mlp_post", layer)][:, -1].double() * by_neuron[prompts]
-                    self._mlp_bias[prompts] = own.sum(-1) - post.sum(-1)
+                    self._mlp_bias[prompts] = own.sum(-1) - self._of_neurons(run, prompts).sum(-1)
         return torch.cat(streams)
 
     def split(self, run: Run, prompt: Tensor, c: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -294,12 +305,30 @@ class _Parts:
         layer = self._neuron_layer
         if layer is None or self.neurons is None:
             return found, None
-        post = run[Site("mlp_post", layer)][:, -1].double()
-        own = (post * self.neurons[prompt]).T / scale
+        own = self._of_neurons(run, prompt).T / scale
         whole = found[self.model.wiring.source_rows[f"m{layer}"]]
         rest = whole - self._mlp_bias[prompt] / scale - own.sum(0)
         _refuse(rest, own, f"the neurons of layer {layer}", f"what m{layer} writes", self.model)
         return found, own
+
+    def _of_neurons(self, run: Run, prompt: Tensor) -> Tensor:
+        """Numerators of the chosen layer's neurons, ``[n_rows, d_mlp]``."""
+        layer, by_neuron = self._neuron_layer, self.neurons
+        assert layer is not None
+        assert by_neuron is not None
+        post, by_neuron = run[Site("mlp_post", layer)][:, -1].double(), by_neuron[prompt]
+        if self.model.architecture.mlp_post_norm:
+            at = self._before(Site("mlp_out", layer), post @ self._out, prompt)
+            by_neuron = at @ self._out.T
+        return post * by_neuron
+
+    def _before(self, site: Site, given: Tensor, prompt: Tensor) -> Tensor:
+        """The read-out before the norm behind a module, at what that gives, ``[n_rows, d_model]``.
+
+        A part of what it gives adds its product with this: gain times read-out over the scale.
+        """
+        direction = self.direction[prompt]
+        return self.model.weights.shares(site, torch.stack([direction, given - direction]))[0]
 
     def _writes(self, *, changed: bool) -> Iterator[Site]:
         """The sites at which components write, after the injection or before it."""
@@ -318,7 +347,13 @@ class _Parts:
             first = wiring.first_source(site.layer)
             last = run[site][:, -1].double()
             if site.kind == "z":
-                values = (last * self._heads[site.layer][prompt]).sum(-1).T
+                heads = self._heads[site.layer][prompt]
+                if self._outputs:
+                    output = self._outputs[site.layer]
+                    given = last.flatten(1) @ output.flatten(0, 1)
+                    at = self._before(Site("attn_out", site.layer), given, prompt)
+                    heads = torch.einsum("hed,pd->phe", output, at)
+                values = (last * heads).sum(-1).T
                 yield slice(first, first + wiring.n_heads), values
             else:
                 yield first + wiring.n_heads, (last * self.direction[prompt]).sum(-1)

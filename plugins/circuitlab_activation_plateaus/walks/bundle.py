@@ -174,9 +174,11 @@ def compact(model: TracedModel) -> Reduce | None:
     """Centred logits in an orthonormal basis of where their differences lie, ``[n, d_model]``.
 
     Distances between logits are the same there, and of large vocabularies they need a small part of
-    the memory. None for a vocabulary that is not large.
+    the memory. None for a vocabulary that is not large, and where logits may be more than a linear
+    map: a cap bends them out of that space, and a model of which the blocks alone are known may.
     """
-    if model.vocab_size <= LARGE * model.d_model:
+    bent = model.architecture.blocks_only or model.architecture.logit_softcap
+    if bent or model.vocab_size <= LARGE * model.d_model:
         return None
     weight = model.weights.unembedding(torch.promote_types(model.dtype, torch.float32))[0]
     basis = torch.linalg.qr((weight - weight.mean(-1, keepdim=True)).T).Q

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from circuitlab import mean_intervals
-from circuitlab_path_patching.effects import measure, node_patch
+from circuitlab_path_patching.effects import measure
 from circuitlab_path_patching.gates.composition import Composition, composition
 from circuitlab_path_patching.gates.groups import Group, find_groups, parse_groups
 from circuitlab_path_patching.gates.mixtures import Measured, Table, joint_effects, measure_groups
@@ -25,6 +25,7 @@ from circuitlab_path_patching.gates.types import (
     table_rows,
 )
 from circuitlab_path_patching.measures import stronger, sure_effect
+from circuitlab_path_patching.patches import node_patch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -253,15 +253,17 @@ def _heads(
     groups: dict[str, list[int]] = defaultdict(list)
     for head in range(patcher.model.n_heads):
         groups["".join(sorted(ports.get(head, "")))].append(head)
-    written = None
+    moved = None
     for read, heads in groups.items():
         change = {port: heard if port in read else stream for port in PORTS}
         known = {port: value for port, value in change.items() if value is not None}
         if known:
-            z = patcher.attention(layer, known)[:, :, :, heads]
-            weight = patcher.model.weights.heads(layer, "o")[heads]
-            written = _sum(written, z.flatten(-2) @ weight.flatten(0, 1))
-    return written
+            z = patcher.attention(layer, known)
+            moved = torch.zeros_like(z) if moved is None else moved
+            moved[:, :, :, heads] = z[:, :, :, heads]
+    if moved is None:
+        return None
+    return patcher.heads_output(layer, moved, [range(patcher.model.n_heads)])[0]
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:

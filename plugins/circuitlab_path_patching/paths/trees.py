@@ -13,7 +13,7 @@ nodes. Nodes of one layer are rows of one batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -155,14 +155,23 @@ def edge_set(wiring: Wiring) -> frozenset[Edge]:
 
 
 class _Evaluation:
-    """Walks the model forward, block by block; ``moved`` is the change of each node's output."""
+    """Walks the model forward, block by block.
+
+    Attributes:
+        moved: Change of each node's output.
+        ended: Change of the whole attention's output, of nodes where it is another.
+        roots: Nodes at which paths end.
+    """
 
     def __init__(self, trees: PathTrees, patcher: Patcher) -> None:
         self.nodes, self.wiring, self.patcher = trees.nodes, trees.wiring, patcher
         self.moved: dict[int, Tensor] = {}
+        self.ended: dict[int, Tensor] = {}
+        self.roots: set[int] = set()
         self.size = patcher.at_once
 
     def scores(self, roots: Sequence[int]) -> Tensor:
+        self.roots = set(roots)
         blocks: dict[tuple[str, int], list[int]] = defaultdict(list)
         for number, node in enumerate(self.nodes):
             kind, layer, _ = self.wiring.component(node.component)
@@ -176,7 +185,7 @@ class _Evaluation:
                 self._attention(block.layer, blocks["head", block.layer])
             elif block.kind == "mlp":
                 self._mlp(block.layer, blocks["mlp", block.layer])
-        found = self._scores(set(roots))
+        found = self._scores(self.roots)
         return torch.stack([found[root] for root in roots])
 
     def _attention(self, layer: int, numbers: Sequence[int]) -> None:
@@ -203,7 +212,21 @@ class _Evaluation:
                 for head, found in answers.items():
                     own = z[[row for row, _ in found], :, :, head]
                     written = self.patcher.head_output(layer, head, own)
-                    self.moved.update(zip([n for _, n in found], written, strict=True))
+                    numbers = [number for _, number in found]
+                    self.moved.update(zip(numbers, written, strict=True))
+                    self._end_at_head(layer, head, dict(zip(numbers, own, strict=True)))
+
+    def _end_at_head(self, layer: int, head: int, z_changes: Mapping[int, Tensor]) -> None:
+        """What all heads write more where paths end at one, and its change moves the others'."""
+        model = self.patcher.model
+        ended = {n: z for n, z in z_changes.items() if n in self.roots}
+        if not ended or not model.architecture.attention_post_norm:
+            return
+        own = torch.stack(list(ended.values()))
+        z = own.new_zeros(*own.shape[:3], model.n_heads, model.d_head)
+        z[:, :, :, head] = own
+        (written,) = self.patcher.heads_output(layer, z, [range(model.n_heads)])
+        self.ended.update(zip(ended, written, strict=True))
 
     def _mlp(self, layer: int, numbers: Sequence[int]) -> None:
         for part in self._parts(numbers):
@@ -224,19 +247,22 @@ class _Evaluation:
                 found[root] = self.patcher.base_score
         for site, ended in ends.items():
             for part in self._parts(ended):
-                scores = self.patcher.scores(site, self._streams([heard for _, heard in part]))
+                change = torch.stack(
+                    [self.ended[n] if n in self.ended else self._stream(heard) for n, heard in part]
+                )
+                scores = self.patcher.scores(site, change)
                 found.update(zip([root for root, _ in part], scores, strict=True))
         return found
 
     def _streams(self, heard: Sequence[Sequence[int]]) -> Tensor:
         """``[n, batch, pos, d_model]``: for each, the sum of what these nodes write more."""
-        streams = []
-        for numbers in heard:
-            stream = self.moved[numbers[0]]
-            for number in numbers[1:]:
-                stream = stream + self.moved[number]
-            streams.append(stream)
-        return torch.stack(streams)
+        return torch.stack([self._stream(numbers) for numbers in heard])
+
+    def _stream(self, numbers: Sequence[int]) -> Tensor:
+        stream = self.moved[numbers[0]]
+        for number in numbers[1:]:
+            stream = stream + self.moved[number]
+        return stream
 
     def _parts(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
         return (items[i : i + self.size] for i in range(0, len(items), self.size))
