@@ -25,7 +25,6 @@ def fresh_weights(module: Any, seed: int) -> Any:
     Raises:
         ModelError: the family leaves a weight as it was.
     """
-    kept = [parameter.device for parameter in module.parameters()]
     made = copy.deepcopy(module).to("cpu")
     before = {name: weight.clone() for name, weight in made.named_parameters()}
     for weight in made.parameters():
@@ -42,7 +41,7 @@ def fresh_weights(module: Any, seed: int) -> Any:
                 f"the family of {type(module).__name__} does not say how {name} begins, so it "
                 f"cannot be initialised anew; leave out controls with new weights"
             )
-    return made.to(kept[0])
+    return made.to(next(module.parameters()).device)
 
 
 def _constant(weight: Tensor) -> bool:

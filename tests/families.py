@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from circuitlab import TracedModel, load_model
+from circuitlab import Tokens, TracedModel, load_model
 from circuitlab.registry import Registry
 
 #: 4 heads, d_model 16. Llama and Qwen2 have 2 key and value heads, ``llama-wide`` 1, and heads of 6
@@ -130,6 +130,18 @@ def random_module(
             matrix = parameter.ndim > 1
             parameter.copy_(1.5 * noise / 16**0.5 if matrix else parameter + 0.3 * noise)
     return module.to(dtype).eval()
+
+
+@torch.no_grad()
+def plain(module: Any, tokens: Tokens) -> Tensor:
+    """Logits of the module itself, all positions."""
+    logits: Tensor = module(
+        input_ids=tokens.ids,
+        attention_mask=tokens.mask.long(),
+        position_ids=tokens.position_ids,
+        use_cache=False,
+    ).logits
+    return logits
 
 
 def traced(module: nn.Module) -> TracedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from circuitlab_feature_interactions.attributions import Attributions
 from circuitlab_feature_interactions.penalties import penalty
@@ -195,3 +196,21 @@ def over_draws(
 def scattered(values: Tensor, index: Tensor, n: int) -> Tensor:
     """``[..., k]`` at the places ``index`` ``[..., k]`` of ``[..., n]``, added up; 0 elsewhere."""
     return torch.zeros(*values.shape[:-1], n, dtype=values.dtype).scatter_add(-1, index, values)
+
+
+def assert_gradients(loss: Callable[[], Tensor], *dictionaries: Dictionary) -> None:
+    """The gradient of a loss in every map and bias is that of finite differences."""
+    loss().backward()  # type: ignore[no-untyped-call]  # torch's own
+    generator = torch.Generator().manual_seed(0)
+    for dictionary in dictionaries:
+        for name in ("W_e", "b_e", "W_d", "b_d"):
+            parameter = getattr(dictionary, name)
+            step = 1e-6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            given = 0.0 if parameter.grad is None else float((parameter.grad * step).sum())
+            with torch.no_grad():
+                parameter += step
+                above = float(loss())
+                parameter -= 2 * step
+                below = float(loss())
+                parameter += step
+            assert given == pytest.approx((above - below) / 2, rel=1e-5, abs=1e-12)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import plain
 from random_tasks import random_task
 from torch import Tensor, nn
 
@@ -80,17 +81,6 @@ def hook(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterato
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def plain(module: Any, tokens: Tokens) -> Tensor:
-    logits: Tensor = module(
-        input_ids=tokens.ids,
-        attention_mask=tokens.mask.long(),
-        position_ids=tokens.position_ids,
-        use_cache=False,
-    ).logits
-    return logits
 
 
 @pytest.mark.parametrize("name", NAMES)

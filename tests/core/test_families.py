@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ALL_FAMILIES, random_module, traced, unchecked
+from families import ALL_FAMILIES, plain, random_module, traced, unchecked
 from torch import Tensor, nn
 
 from circuitlab import ModelError, QualityError, Site, Tokens, TracedModel, load_model
@@ -118,17 +118,6 @@ def hook(module: Any, site: Site, change: Callable[[Tensor], Tensor | None]) -> 
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def plain(module: Any, tokens: Tokens) -> Tensor:
-    logits: Tensor = module(
-        input_ids=tokens.ids,
-        attention_mask=tokens.mask.long(),
-        position_ids=tokens.position_ids,
-        use_cache=False,
-    ).logits
-    return logits
 
 
 def read_plainly(module: Any, tokens: Tokens, site: Site) -> Tensor:

@@ -14,6 +14,7 @@ from circuitlab_feature_interactions.sites import make_pair
 from dictionary_oracles import KINDS
 from families import family_model
 from interaction_oracles import (
+    assert_gradients,
     dense_attributions,
     dense_positions,
     gpt2_block,
@@ -192,20 +193,7 @@ def test_gradients_reach_both_dictionaries() -> None:
         assert found.skip is not None
         return penalty("log")(found, scale) + found.skip.square().sum()
 
-    loss().backward()  # type: ignore[no-untyped-call]  # torch's own
-    generator = torch.Generator().manual_seed(0)
-    for dictionary in (source, target):
-        for name in ("W_e", "b_e", "W_d", "b_d"):
-            parameter = getattr(dictionary, name)
-            step = 1e-6 * torch.randn(parameter.shape, generator=generator, dtype=F64)
-            given = 0.0 if parameter.grad is None else float((parameter.grad * step).sum())
-            with torch.no_grad():
-                parameter += step
-                above = float(loss())
-                parameter -= 2 * step
-                below = float(loss())
-                parameter += step
-            assert given == pytest.approx((above - below) / 2, rel=1e-5, abs=1e-12)
+    assert_gradients(loss, source, target)
 
 
 # --- the model and refusals -----------------------------------------------------------------------
