@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from circuitlab.bootstrap import Interval, distinct_rows, mean_intervals, ratio_interval
     from circuitlab.builder import build_circuit
     from circuitlab.checkpoint import Checkpoint
+    from circuitlab.combining import join_circuits, overlay_circuits
+    from circuitlab.comparing import Comparison, compare_circuits
     from circuitlab.dictionaries import (
         Dictionary,
         DictionaryInfo,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         SiteError,
         TaskError,
     )
+    from circuitlab.evaluation.evidence import Evidence, evaluate_circuit
     from circuitlab.export import read_circuit, write_circuit
     from circuitlab.folded import HeadWeights, MlpWeights
     from circuitlab.graph import CircuitGraph
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from circuitlab.plots import show_plots
     from circuitlab.progress import track
     from circuitlab.prompts import EncodedTask, Tokens
+    from circuitlab.report.writing import write_report
     from circuitlab.run import Run
     from circuitlab.selection import check_cut, circuit_of
     from circuitlab.shards import sharded
@@ -81,8 +85,9 @@ _HOME = {
     "Bar": "panels",
     "Bars": "panels",
     "Checkpoint": "checkpoint",
-    "CircuitGraph": "render",  # with what draws it in notebooks
+    "CircuitGraph": "export",  # with what draws and saves it
     "CircuitLabError": "errors",
+    "Comparison": "comparing",
     "Curve": "panels",
     "Curves": "panels",
     "Dictionary": "dictionaries",
@@ -90,6 +95,7 @@ _HOME = {
     "DictionaryStats": "dictionaries",
     "Edge": "wiring",
     "EncodedTask": "prompts",
+    "Evidence": "evaluation.evidence",
     "GraphError": "errors",
     "HeadWeights": "folded",
     "MlpWeights": "folded",
@@ -128,11 +134,15 @@ _HOME = {
     "check_cut": "selection",
     "choose_batch_size": "memory",
     "circuit_of": "selection",
+    "compare_circuits": "comparing",
     "distinct_rows": "bootstrap",
     "edge_effects": "patching",
+    "evaluate_circuit": "evaluation.evidence",
     "hookimpl": "hookspecs",
+    "join_circuits": "combining",
     "load_model": "loading",
     "mean_intervals": "bootstrap",
+    "overlay_circuits": "combining",
     "panels_of": "panels",
     "norm_outliers": "norms",
     "patchers": "patcher",
@@ -146,6 +156,7 @@ _HOME = {
     "track": "progress",
     "write_circuit": "export",
     "write_dictionary": "dictionaries",
+    "write_report": "report.writing",
     "write_task": "task_files",
 }
 
@@ -158,6 +169,7 @@ __all__ = [
     "Checkpoint",
     "CircuitGraph",
     "CircuitLabError",
+    "Comparison",
     "Curve",
     "Curves",
     "Dictionary",
@@ -165,6 +177,7 @@ __all__ = [
     "DictionaryStats",
     "Edge",
     "EncodedTask",
+    "Evidence",
     "GraphError",
     "HeadWeights",
     "Heatmap",
@@ -203,12 +216,16 @@ __all__ = [
     "check_cut",
     "choose_batch_size",
     "circuit_of",
+    "compare_circuits",
     "distinct_rows",
     "edge_effects",
+    "evaluate_circuit",
     "hookimpl",
+    "join_circuits",
     "load_model",
     "mean_intervals",
     "norm_outliers",
+    "overlay_circuits",
     "panels_of",
     "patchers",
     "ratio_interval",
@@ -221,6 +238,7 @@ __all__ = [
     "track",
     "write_circuit",
     "write_dictionary",
+    "write_report",
     "write_task",
 ]
 

@@ -82,11 +82,20 @@ class Attention:
         scores = a.score_scale(layer) * torch.einsum("bqhd,bkhd->bhqk", q, k)
         if a.score_softcap:
             scores = a.score_softcap * torch.tanh(scores / a.score_softcap)
-        place = torch.arange(scores.shape[-1], device=scores.device)
+        return scores.masked_fill(~self.seen(layer, tokens.mask), -torch.inf)
+
+    def seen(self, layer: int, mask: Tensor) -> Tensor:
+        """Which keys the queries of a layer see, ``[batch, 1, query, key]``; itself each does.
+
+        Args:
+            layer: The layer.
+            mask: True at real tokens, ``[batch, pos]``.
+        """
+        windows = self._architecture.sliding_windows
+        place = torch.arange(mask.shape[1], device=mask.device)
         back = place[:, None] - place
-        window = a.sliding_windows[layer] if a.sliding_windows else 0
-        seen = (back >= 0) & (back < (window or len(place))) & tokens.mask[:, None, None]
-        return scores.masked_fill(~(seen | (back == 0)), -torch.inf)
+        window = (windows[layer] if windows else 0) or len(place)
+        return (back >= 0) & (back < window) & mask[:, None, None] | (back == 0)
 
     def _rotated(self, layer: int, tokens: Tokens, x: Tensor) -> Tensor:
         """Queries or keys turned by their position, where the model has rotary embeddings."""

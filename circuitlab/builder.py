@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import circuitlab
 from circuitlab import baseline, progress
 from circuitlab.checkpoint import StateFile, opened
 from circuitlab.errors import (
     CircuitLabError,
     GraphError,
     ModelError,
-    OptionError,
     PluginError,
     TaskError,
 )
-from circuitlab.graph import EDGE_SCORE, CircuitGraph, effect_name
+from circuitlab.graph import CircuitGraph, effect_name
 from circuitlab.loading import Source, load_model
-from circuitlab.memory import fitting
+from circuitlab.memory import fitting, foresee
 from circuitlab.options import check_values
+from circuitlab.provenance import provenance, run_settings
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Command, Registry, describe
 from circuitlab.shards import check_shards
 
 if TYPE_CHECKING:
     from circuitlab.baseline import Baseline
     from circuitlab.model import TracedModel
+    from circuitlab.prompts import EncodedTask
     from circuitlab.tasks import Align, Task
-
-#: Parts of the provenance that a run's numbers depend on; those of the model's shape follow.
-_SETTINGS = (
-    "analysis", "plugin", "model", "model_revision", "task", "task_digest", "metric", "n_pairs",
-    "seed", "dtype", "device",
-)  # fmt: skip
 
 
 def build_circuit(
@@ -92,17 +84,16 @@ def build_circuit(
         if state.shard is not None:
             check_shards(chosen, options, registry.analyses.values())
         traced = _check_parts(chosen, load_model(model, registry=registry), registry)
-        named, measured = None, None
-        warnings: list[str] = []
-        if chosen.needs_task or task is not None or traced.task_name is not None:
-            named = find_task(traced, task, registry)
-            named = replace(named, metric=metric or named.metric, align=align or named.align)
-            named = named if n_pairs is None else named.take(n_pairs)
-            measured, warnings = _measured(traced, named, allow_weak=allow_weak, seed=seed)
-        else:
-            _check_unused(metric=metric, n_pairs=n_pairs, align=align)
-        origin = _provenance(traced, named, chosen, options, seed=seed, measured=measured)
-        settings = _settings(origin, traced, named, registry) if state.path else {}
+        named = _task_of(chosen, traced, task, registry, metric, n_pairs, align)
+        measured, used, warnings = None, list[str](), list[str]()
+        if named is not None:
+            pairs = traced.encode(named)
+            _foresee(chosen, traced, pairs, options)
+            measured, warnings = _measured(traced, pairs, allow_weak=allow_weak, seed=seed)
+            used = [named.pairs[number - 1].digest for number in pairs.numbers]
+        origin = provenance(traced, named, chosen, options, seed=seed, pairs=used)
+        settings = run_settings(origin, traced, named, registry) if state.path else {}
+        progress.tell(filter(None, [state.settle(settings)]))
         circuit = _run(chosen, traced, named, options, seed, state, settings)
         told = circuit.graph.get("warnings", ())
         circuit.graph["warnings"] = [*told, *_stateless(chosen, state, traced)]
@@ -128,15 +119,49 @@ def _note_origin(
             _mark_weak(circuit)
 
 
+def _task_of(
+    analysis: Analysis,
+    model: TracedModel,
+    task: Task | str | None,
+    registry: Registry,
+    metric: str | None,
+    n_pairs: int | None,
+    align: Align | None,
+) -> Task | None:
+    """The task as it is asked for; None where there is none, and none is needed.
+
+    Raises:
+        TaskError: there is none, and one is needed, or something is asked of it.
+    """
+    if not analysis.needs_task and task is None and model.task_name is None:
+        _check_unused(metric=metric, n_pairs=n_pairs, align=align)
+        return None
+    named = find_task(model, task, registry)
+    named = replace(named, metric=metric or named.metric, align=align or named.align)
+    return named if n_pairs is None else named.take(n_pairs)
+
+
+def _foresee(
+    analysis: Analysis, model: TracedModel, pairs: EncodedTask, options: dict[str, Any]
+) -> None:
+    """Say what the batches of an analysis take that scores edges pair by pair.
+
+    Raises:
+        ResourceError: not even one pair can fit.
+    """
+    if analysis.pair_scores is not None:
+        size = options.get("batch_size")
+        progress.inform(foresee(model, pairs, size if isinstance(size, int) else None))
+
+
 def _measured(
-    model: TracedModel, task: Task, *, allow_weak: bool, seed: int
+    model: TracedModel, pairs: EncodedTask, *, allow_weak: bool, seed: int
 ) -> tuple[Baseline, list[str]]:
     """What the model does on the task, and warnings about it.
 
     Raises:
         TaskError: the task cannot be used.
     """
-    pairs = model.encode(task)
     measured = fitting(lambda: baseline.measure(model, pairs))
     doubts = baseline.check(measured, pairs, allow_weak=allow_weak, seed=seed)
     warnings = [*pairs.warnings, *doubts]
@@ -305,66 +330,6 @@ def _mark_weak(circuit: CircuitGraph) -> None:
     circuit.graph["verdict_reason"] = f"{reason}; {earlier}" if earlier else reason
 
 
-def _provenance(
-    model: TracedModel,
-    task: Task | None,
-    analysis: Analysis,
-    options: dict[str, Any],
-    *,
-    seed: int,
-    measured: Baseline | None,
-) -> dict[str, Any]:
-    """Where a circuit comes from; what the analysis writes itself under these names stays."""
-    asked: dict[str, Any] = {}
-    if task is not None and measured is not None:
-        asked = {
-            "task": task.name,
-            "task_digest": task.digest,
-            "metric": task.metric,
-            "n_pairs": len(measured.clean),
-        }
-    given = {option.name: options.get(option.name, option.default) for option in analysis.options}
-    return {
-        "score": EDGE_SCORE,
-        "analysis": analysis.name,
-        "plugin": analysis.plugin,
-        "options": {name: _plain(value) for name, value in given.items()},
-        "model": model.name,
-        "model_revision": model.revision,
-        "family": model.architecture.family,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "d_model": model.d_model,
-        "parallel": model.architecture.parallel,
-        **asked,
-        "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "remote": model.remote,
-        "versions": {
-            "circuitlab": circuitlab.__version__,
-            **{name: version(name) for name in ("torch", "transformers", "nnsight", "networkx")},
-        },
-    }
-
-
-def _settings(
-    origin: dict[str, Any], model: TracedModel, task: Task | None, registry: Registry
-) -> dict[str, Any]:
-    """What the numbers of a run depend on: only a run of the same may go on from its state."""
-    named = {name: origin.get(name) for name in _SETTINGS}
-    plugin = registry.plugins[origin["plugin"]]
-    return {
-        **named,
-        **{f"option {name}": value for name, value in origin["options"].items()},
-        "align": None if task is None else task.align,
-        # A folder, or a module in memory, may hold other weights under the same name.
-        "weights": model.weights_digest,
-        f"version of {plugin.distribution}": plugin.version,
-        **{f"version of {name}": value for name, value in origin["versions"].items()},
-    }
-
-
 def _check_split(analysis: Analysis, state: StateFile) -> None:
     """Refuse a shard that did not end where its parts were done: it has done those of all shards.
 
@@ -389,10 +354,3 @@ def _stateless(analysis: Analysis, state: StateFile, model: TracedModel) -> list
         f"analysis {analysis.name!r} keeps no state: nothing was written to {str(state.path)!r}, "
         f"and an interrupted run of it begins again"
     ]
-
-
-def _plain(value: Any) -> Any:
-    """An option's value as JSON holds it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(f"an option has value {value}; give a finite number")
-    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -108,6 +108,7 @@ class StateFile:
     Args:
         path: Where; None to keep nothing and only note the stages.
         shard: Which shard of how many, from 1, where the run is one; None for a whole run.
+        anew: Begin anew, whatever is there; it is replaced when there is something to keep.
 
     Attributes:
         path: Where, resolved; or None.
@@ -126,9 +127,17 @@ class StateFile:
         ResourceError: the file cannot be made, read or written.
     """
 
-    def __init__(self, path: Path | str | None, shard: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str | None,
+        shard: tuple[int, int] | None = None,
+        *,
+        anew: bool = False,
+    ) -> None:
         self.path = None if path is None else Path(path).resolve()
         self.shard = shard
+        self._left: str | None = None
+        self._anew = anew
         self.lasting = shard is not None
         self.complete = self.sharing = False
         self.found = False
@@ -147,9 +156,13 @@ class StateFile:
             self._lock = lock(self.path)
             try:
                 self._read(self.path)
-            except BaseException:
-                self._unlock(self.path)
-                raise
+            except BaseException as error:
+                if not self._anew or not isinstance(error, TaskError):
+                    self._unlock(self.path)
+                    raise
+                self._left = "damaged, or of another program or shard"
+            if self._anew:
+                self.complete = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
@@ -169,19 +182,37 @@ class StateFile:
         Raises:
             TaskError: the state is that of other settings; each one that differs is named.
         """
-        now = json.loads(json.dumps(settings))
-        if self.found and now != self.settings:
-            raise TaskError(
-                f"state {self._shown} is of another run: {changes(self.settings, now)}; go back "
-                f"to those settings, name another file, or delete this one to start again"
-            )
-        self.settings, self._device = now, device
+        self.settle(settings)
+        self._device = device
         self.stages.clear()
         token = _active.set(self)
         try:
             yield
         finally:
             _active.reset(token)
+
+    def settle(self, settings: Mapping[str, Any]) -> str:
+        """Take the settings of this run; what was there must be of the same, or is left behind.
+
+        Returns:
+            What is left behind, for people; empty where nothing is.
+
+        Raises:
+            TaskError: the state is that of other settings; each one that differs is named.
+        """
+        now = json.loads(json.dumps(settings))
+        differs = changes(self.settings, now) if self.found else ""
+        if differs and not self._anew:
+            raise TaskError(
+                f"state {self._shown} is of another run: {differs}; go back to those settings, "
+                f"name another file, or delete this one to start again, as --force-new does"
+            )
+        if self._anew and self.found:
+            self._left = f"of another run, {differs}" if differs else "of the same settings"
+            self.found, self.kept, self.seconds = False, {}, 0.0
+        self.settings = now
+        left, self._left, self._anew = self._left, None, False
+        return f"state {self._shown}, {left}, is not gone on with: begun anew" if left else ""
 
     def begin_stage(self, stage: str) -> None:
         """Note that a stage begins."""
@@ -275,7 +306,7 @@ class StateFile:
     def _read(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        remedy = "name another file, or delete this one to start again"
+        remedy = "name another file, or delete this one to start again, as --force-new does"
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from circuitlab.attending import Attention
+from circuitlab.check_runs import CheckRuns
 from circuitlab.errors import ModelError, NumericsError, QualityError, RemoteError
 from circuitlab.progress import tell
 from circuitlab.prompts import Tokens
@@ -17,7 +19,6 @@ from circuitlab.wiring import PORTS
 
 if TYPE_CHECKING:
     from circuitlab.model import TracedModel
-    from circuitlab.run import Run
 
 #: Largest difference, as a multiple of the type's rounding and of the values' size.
 ROUNDINGS = 256
@@ -51,7 +52,12 @@ class Probe:
 
     module: nn.Module
     tokens: Tokens
-    logits: Tensor
+    answer: Callable[[], Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """``[2, pos, vocab]``."""
+        return self.answer()
 
 
 @torch.no_grad()
@@ -70,20 +76,23 @@ def probe(module: nn.Module) -> Probe:
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, : length // 2] = False
     tokens = Tokens(ids * mask, mask).to(next(module.parameters()).device)
+    inputs = {
+        "input_ids": tokens.ids,
+        "attention_mask": tokens.mask.to(torch.int64),
+        "position_ids": tokens.position_ids,
+        "use_cache": False,
+    }
+    begin: Any = getattr(module, "begin", None)
+    if begin is not None:  # on a host: it goes with the first runs
+        return Probe(module, tokens, begin(**inputs))
     try:
-        output = module(
-            input_ids=tokens.ids,
-            attention_mask=tokens.mask.to(torch.int64),
-            position_ids=tokens.position_ids,
-            use_cache=False,
-        )
-        logits = output.logits
+        logits = module(**inputs).logits
     except (TypeError, AttributeError, ValueError) as error:
         raise ModelError(
             f"{type(module).__name__} cannot be run as a causal language model: {error}; "
             f"load it with AutoModelForCausalLM"
         ) from error
-    return Probe(module, tokens, logits)
+    return Probe(module, tokens, lambda: logits)
 
 
 def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
@@ -100,15 +109,18 @@ def run_checks(model: TracedModel, plain: Probe) -> list[Check]:
         QualityError: the description of the model does not fit it, so that it cannot be traced.
     """
     try:
+        runs = CheckRuns(model, plain.tokens)
         if model.architecture.blocks_only:
-            return _compare_blocks(model, plain)
-        checks = _compare(model, plain)
+            return _compare_blocks(model, plain, runs)
+        near = not _too_far(model)
+        runs.begin("whole", "alone", "valueless", "inner", *(runs.closer if near else ()))
+        checks = _compare(model, plain, runs)
         # Where the description is wrong at large, what looks closer fails less clearly.
         if all(check.passed for check in checks):
-            checks.append(_shortened(model, plain))
-            if not _too_far(model):
-                checks += _hidden_layers(model, plain.tokens)
-                checks += [*_positions(model, plain), *_unembedded(model, plain)]
+            checks.append(_shortened(model, plain, runs))
+            if near:
+                checks += _hidden_layers(model, runs)
+                checks += [*_positions(model, plain, runs), *_unembedded(model, plain, runs)]
         return checks
     except (torch.OutOfMemoryError, NumericsError, RemoteError):
         raise
@@ -134,17 +146,12 @@ def _too_far(model: TracedModel) -> bool:
     return True
 
 
-def _compare(model: TracedModel, plain: Probe) -> list[Check]:
-    layers = range(model.n_layers)
+def _compare(model: TracedModel, plain: Probe, runs: CheckRuns) -> list[Check]:
+    layers, last, run = runs.layers, runs.last, runs.whole
     ports = [Site(k, n) for n in layers for k in PORTS]
-    sites = [*ports, *(Site("attn_out", n) for n in layers)]
-    streams = [Site(k, n) for n in layers for k in ("resid_pre", "mlp_in")]
-    last = Site("resid_post", model.n_layers - 1)
-    run = model.run(plain.tokens, read=[*model.source_sites, *streams, *sites, last], logits="all")
     mask = plain.tokens.mask
-    written = {site: run[site] for site in (*model.source_sites, *sites)}
-    identity = model.run(plain.tokens, write=written, logits="all").logits
-    alone = model.run(plain.tokens.rows([1]).trimmed(), logits="all").logits
+    runs.begin("identity", "short")
+    identity, alone = runs.identity.logits, runs.alone.logits
     real = plain.logits[mask]
     projected = [model.weights.projected(s, run[Site("resid_pre", s.layer)])[mask] for s in ports]
     return [
@@ -158,7 +165,7 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
             torch.cat([run[site][mask].flatten(1) for site in ports], 1),
             model,
         ),
-        _heads_carry_values(model, plain.tokens, run),
+        _heads_carry_values(model, plain.tokens, runs),
         _check(
             "MLPs read the stream they are said to read",
             torch.stack([run[Site("mlp_in", n)] for n in layers])[:, mask],
@@ -170,19 +177,14 @@ def _compare(model: TracedModel, plain: Probe) -> list[Check]:
     ]
 
 
-def _compare_blocks(model: TracedModel, plain: Probe) -> list[Check]:
+def _compare_blocks(model: TracedModel, plain: Probe, runs: CheckRuns) -> list[Check]:
     """What can be compared of a model of which only the blocks are known."""
-    layers, mask, real = range(model.n_layers), plain.tokens.mask, plain.logits[plain.tokens.mask]
-    read = [Site(kind, n) for n in layers for kind in ("resid_pre", "resid_post")]
-    run = model.run(plain.tokens, read=read, logits="all")
-    first = Site("resid_pre", 0)
-    identity = model.run(plain.tokens, write={first: run[first]}, logits="all").logits
-    alone = model.run(plain.tokens.rows([1]).trimmed(), logits="all").logits
-    tokens = torch.arange(min(2, model.vocab_size), device=model.device)
-    short = [
-        model.run(plain.tokens, write={site: run[site]}, vocabulary=tokens).logits[:, -1]
-        for site in (Site("resid_post", n) for n in layers)
-    ]
+    runs.begin("whole", "alone")
+    layers, mask, real = runs.layers, plain.tokens.mask, plain.logits[plain.tokens.mask]
+    run, tokens = runs.whole, runs.two
+    runs.begin("identity", "ends")
+    identity, alone = runs.identity.logits, runs.alone.logits
+    short = [end.logits[:, -1] for end in runs.ends]
     wanted = plain.logits[:, -1, tokens].expand(model.n_layers, -1, -1)
     handed = [run[Site("resid_post", n)] for n in layers[:-1]]
     return [
@@ -199,25 +201,19 @@ def _compare_blocks(model: TracedModel, plain: Probe) -> list[Check]:
     ]
 
 
-def _heads_carry_values(model: TracedModel, tokens: Tokens, run: Run) -> Check:
+def _heads_carry_values(model: TracedModel, tokens: Tokens, runs: CheckRuns) -> Check:
     """Without values, nothing is left of what the heads write."""
-    heads = [Site("z", n) for n in range(model.n_layers)]
-    without = {Site("v", n): torch.zeros((), dtype=model.dtype) for n in range(model.n_layers)}
-    mixed = model.run(tokens, read=heads, write=without, logits="all")
-    whole = torch.stack([run[head] for head in heads])[:, tokens.mask]
-    rest = torch.stack([mixed[head] for head in heads])[:, tokens.mask]
+    heads = [Site("z", n) for n in runs.layers]
+    whole = torch.stack([runs.whole[head] for head in heads])[:, tokens.mask]
+    rest = torch.stack([runs.valueless[head] for head in heads])[:, tokens.mask]
     return _check("heads carry nothing but their values", whole - rest, whole, model)
 
 
-def _shortened(model: TracedModel, plain: Probe) -> Check:
+def _shortened(model: TracedModel, plain: Probe, runs: CheckRuns) -> Check:
     """Leaving out blocks, an attention and all logits but two gives these two."""
-    sites = [Site(kind, model.n_layers - 1) for kind in ("resid_pre", "attn_out")]
-    run = model.run(plain.tokens, read=sites)
-    given = {site: run[site] for site in sites}
-    tokens = torch.arange(min(2, model.vocab_size), device=model.device)
-    short = model.run(plain.tokens, write=given, vocabulary=tokens).logits[:, -1]
     name = "leaving out what is not needed changes nothing"
-    return _check(name, short, plain.logits[:, -1, tokens], model)
+    wanted = plain.logits[:, -1, runs.two]
+    return _check(name, runs.short.logits[:, -1], wanted, model)
 
 
 def require(model: TracedModel, checks: list[Check]) -> None:
@@ -247,13 +243,11 @@ def _summed(model: TracedModel, run: Any) -> Tensor:
     return total
 
 
-def _hidden_layers(model: TracedModel, tokens: Tokens) -> list[Check]:
+def _hidden_layers(model: TracedModel, runs: CheckRuns) -> list[Check]:
     """What MLPs write is their hidden layers times their output projections, and a constant."""
     if not model.architecture.mlp_output_projection:
         return []
-    layers = range(model.n_layers)
-    sites = [Site(k, n) for k in ("mlp_post", "mlp_out") for n in layers]
-    run = model.run(tokens, read=sites, logits="all")
+    layers, tokens, run = runs.layers, runs.tokens, runs.hidden
     weights = [next(model.weights.reading(Site("mlp_post", n))) for n in layers]
     hidden = [run[Site("mlp_post", n)][tokens.mask].double() for n in layers]
     written = torch.stack([run[Site("mlp_out", n)] for n in layers])[:, tokens.mask].double()
@@ -270,7 +264,7 @@ def _hidden_layers(model: TracedModel, tokens: Tokens) -> list[Check]:
 
 
 @torch.no_grad()
-def _positions(model: TracedModel, plain: Probe) -> list[Check]:
+def _positions(model: TracedModel, plain: Probe, runs: CheckRuns) -> list[Check]:
     """Embeddings and attention, by what the description says of positions; [] if it says nothing.
 
     A window that is longer than the prompts leaves nothing to check.
@@ -278,9 +272,7 @@ def _positions(model: TracedModel, plain: Probe) -> list[Check]:
     a, tokens = model.architecture, plain.tokens
     if not (a.position_embed or a.rotary):
         return []
-    layers, start = range(model.n_layers), Site("resid_pre", 0)
-    sites = [Site(kind, n) for n in layers for kind in (*PORTS, "z")]
-    run = model.run(tokens, read=[Site("embed"), start, *sites], logits="none")
+    layers, start, run = runs.layers, Site("resid_pre", 0), runs.begun
     begun, learned = run[Site("embed")] * a.embed_scale, model.weights.positions(model.dtype)
     if learned is not None:
         begun = begun + learned[tokens.position_ids]
@@ -303,11 +295,9 @@ def _positions(model: TracedModel, plain: Probe) -> list[Check]:
     ]
 
 
-def _unembedded(model: TracedModel, plain: Probe) -> list[Check]:
+def _unembedded(model: TracedModel, plain: Probe, runs: CheckRuns) -> list[Check]:
     """Logits of two tokens from the last stream; [] where the last norm is no known one."""
-    last = Site("resid_post", model.n_layers - 1)
-    stream = model.run(plain.tokens, read=[last])[last][plain.tokens.mask]
-    tokens = torch.arange(min(2, model.vocab_size), device=model.device)
+    stream, tokens = runs.ended[runs.last][plain.tokens.mask], runs.two
     dtype = torch.promote_types(model.dtype, torch.float32)
     stream = stream.to(dtype)
     try:

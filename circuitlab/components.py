@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import networkx as nx
 
@@ -24,6 +24,7 @@ _PORT_ORDER = {"q": 0, "k": 1, "v": 2}
 _STYLES = {
     "input": ("#3B3B3B", "#3B3B3B", "#FFFFFF", 9.0),
     "logits": ("#3B3B3B", "#3B3B3B", "#FFFFFF", 9.0),
+    "logit": ("#3B3B3B", "#3B3B3B", "#FFFFFF", 9.0),
     "head": ("#FFFFFF", "#444444", "#111111", 5.0),
     "mlp": ("#E6E6E6", "#444444", "#111111", 0.0),
     "gate": ("#FFF3C4", "#444444", "#111111", 0.0),
@@ -39,6 +40,8 @@ _PLACES = {"resid_pre": -1, "mlp_in": 0, "mlp_out": 1, "resid_post": 2}
 #: Kinds of which a row may hold many, in no order of their own.
 _LOOSE = frozenset({"feature", "error", "cluster", "region"})
 _OTHER_STYLE = ("#FFFFFF", "#888888", "#111111", 0.0)
+#: Where two circuits are compared: in which of them an effect is.
+OWNERS = ("a", "b", "both")
 _NO_POSITION = -(1 << 30)
 
 
@@ -46,6 +49,8 @@ class Effect(NamedTuple):
     """One effect as a picture shows it; ``strength`` is |score| over the largest one, 0 to 1.
 
     ``directed`` is false for the border of two regions, which has no direction and no arrow.
+    ``owner`` is ``a``, ``b`` or ``both`` where two circuits are compared, else empty. ``inclusion``
+    is the share of resamples in which the effect was found again, 1 where none were drawn.
     """
 
     source: str
@@ -56,6 +61,8 @@ class Effect(NamedTuple):
     tooltip: str
     redundant: bool = False
     directed: bool = True
+    owner: str = ""
+    inclusion: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +160,23 @@ def draw_effect(
 ) -> Effect:
     """One effect of a picture; ``strength`` is |score| over the largest one."""
     source, target, port, score = effect
-    redundant = circuit.edges[effect[:3]].get("redundant") is True
+    data = circuit.edges[effect[:3]]
+    redundant = data.get("redundant") is True
     directed = not all(_is_region(circuit, end) for end in (source, target))
     tooltip = f"{effect_name(source, target, port)}  {number(score)}"
     # What stands last in a tooltip is the score.
     tooltip = f"redundant: {tooltip}" if redundant else tooltip
-    return Effect(source, target, port, score, strength, tooltip, redundant, directed)
+    owner, inclusion = str(data.get("in", "")), data.get("inclusion")
+    share = float(inclusion) if is_share(inclusion) else 1.0
+    return Effect(
+        source, target, port, score, strength, tooltip, redundant, directed,
+        owner if owner in OWNERS else "", share,
+    )  # fmt: skip
+
+
+def is_share(value: object) -> TypeGuard[float]:
+    """Whether a value is a number from 0 to 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def draw_component(

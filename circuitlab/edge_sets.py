@@ -27,7 +27,7 @@ def edge_masks(wiring: Wiring, sets: Sequence[Collection[Edge]]) -> Tensor:
         GraphError: an edge does not exist in the model.
     """
     rows, columns = wiring.source_rows, wiring.receiver_columns
-    exists = _existing(wiring).tolist()
+    exists = existing_edges(wiring).tolist()
     places = []
     for number, chosen in enumerate(sets):
         for source, target, port in chosen:
@@ -59,7 +59,7 @@ def check_masks(wiring: Wiring, masks: Tensor) -> None:
             f"masks of edges have type {masks.dtype} and shape {list(masks.shape)}; give bool and "
             f"[n_sets, n_sources, n_receivers], here [n_sets, {shape[0]}, {shape[1]}]"
         )
-    wrong = masks.any(0).cpu() & ~_existing(wiring)
+    wrong = masks.any(0).cpu() & ~existing_edges(wiring)
     if wrong.any():
         row, column = wrong.nonzero()[0].tolist()
         raise _missing(wiring.sources[row], *wiring.receivers[column])
@@ -100,7 +100,7 @@ class _Walk:
     def __init__(self, patcher: Patcher, masks: Tensor) -> None:
         self.patcher, self.model, self.n = patcher, patcher.model, len(masks)
         self.patched = masks
-        exists = _existing(self.model.wiring).to(masks.device)
+        exists = existing_edges(self.model.wiring).to(masks.device)
         self.free: list[bool] = (~masks.any(2).any(0)).tolist()
         self.unread: list[bool] = (masks | ~exists).all(2).all(0).tolist()
         self.into: list[bool] = masks.any(1).any(0).tolist()
@@ -226,7 +226,7 @@ def _plus(total: Tensor | None, change: Tensor) -> Tensor:
     return change if total is None else total + change
 
 
-def _existing(wiring: Wiring) -> Tensor:
+def existing_edges(wiring: Wiring) -> Tensor:
     """Which pairs are edges, ``[n_sources, n_receivers]``, bool."""
     exists = torch.zeros(len(wiring.sources), len(wiring.receivers), dtype=torch.bool)
     for block in wiring.blocks():

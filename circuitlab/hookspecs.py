@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Exporter = Callable[[CircuitGraph, Path], Any]
     CommandFunction = Callable[..., Mapping[str, Any]]
 
+#: A plugin's module may state the version it is written for, as ``circuitlab_api = 1``.
+API_VERSION = 1
+
 hookspec = pluggy.HookspecMarker("circuitlab")
 hookimpl = pluggy.HookimplMarker("circuitlab")
 
@@ -41,8 +44,11 @@ def register_analyses(register: Callable[..., None]) -> None:
     model has none of its own. With ``register(name, function, stream_only=True)`` it also runs on a
     model whose family no plugin describes: there are only ``resid_pre``, ``resid_post`` and
     logits, and no ``wiring``. With ``shards={"scope": "edges"}`` it can be split into shards when
-    these options have these values (``{}``: always), see ``circuitlab.sharded``. Called for
-    ``--help`` too: do not import torch or run a model here.
+    these options have these values (``{}``: always), see ``circuitlab.sharded``. With
+    ``pair_scores=function`` its scores can be had of each pair: ``function(model, pairs,
+    **options)``, ``pairs`` from ``model.encode(task)``, gives ``[n_pairs, n_sources, n_receivers]``
+    whose mean over pairs are the circuit's scores. Called for ``--help`` too: do not import torch
+    or run a model here.
     """
 
 

@@ -49,7 +49,8 @@ def interpret(model: Any, plan: list[tuple[Any, ...]]) -> dict[str, Any]:
             envoy.skip(envoy.input)
         elif op == "skip":
             # Plans come from elsewhere; parts of a model may be on several devices.
-            value = step[2].to(next((p.device for p in envoy.parameters()), step[2].device))
+            places = (p.device for p in envoy.parameters() if p.device.type != "meta")
+            value = step[2].to(next(places, step[2].device))
             envoy.skip((value, *[None] * (step[3] - 1)) if step[3] else value)
         else:
             visit(envoy, step, kept)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from circuitlab.components import Component, Effect, draw_component, draw_effect, number
 from circuitlab.graph import EDGE_SCORE, CircuitGraph
+from circuitlab.routes import Places, beside, line_width, path_of
 from circuitlab.rows import Passages, broken, is_broken, packed
-from circuitlab.scene import Box, Curve, Point, Text, arrow_length
+from circuitlab.scene import Box, Curve, Point, Text
 
 #: Effects a picture shows unless it is told otherwise: more cannot be told apart.
 MAX_EDGES = 300
@@ -33,6 +34,9 @@ HELPS, HURTS = "#0072B2", "#D55E00"
 FAINT_HELPS, FAINT_HURTS = "#7F97A6", "#B09384"
 #: Where a sign says something else: their bluish green and reddish purple.
 NEGATIVE, POSITIVE = "#AA4499", "#009E73"
+#: Where two circuits are compared: colour and dash of what is in one, in the other, in both. The
+#: colours are Okabe & Ito's too; the dashes tell them apart without any.
+OWNED = {"a": ("#56B4E9", "dashed"), "b": ("#E69F00", "dotted"), "both": ("#333333", "solid")}
 #: An effect of exactly 0 neither helps nor hurts.
 NEUTRAL = "#888888"
 
@@ -59,6 +63,13 @@ class Selection:
     established: bool
     tied: bool
     helps: bool
+
+    def ink(self, effect: Effect) -> tuple[str, str]:
+        """Colour and dash of an effect: ``solid``, ``dashed`` or ``dotted``."""
+        if effect.owner:
+            return OWNED[effect.owner]
+        dashed = effect.redundant or not self.established
+        return self.colour(effect.score), "dashed" if dashed else "solid"
 
     def colour(self, score: float) -> str:
         """Colour of a score's sign."""
@@ -91,23 +102,6 @@ class Selection:
         for component in self.components.values():
             ranks.setdefault(component.rank, []).append(component)
         return [ranks[rank] for rank in sorted(ranks)]
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where components stand and effects run, in points, the origin at the lower left.
-
-    Attributes:
-        nodes: Centre of each component.
-        curves: Bezier points of each effect, in the order of ``Selection.effects``.
-        tips: Tip of each effect's arrow.
-        numbers: Where an effect's score is written, by its index; empty when none is.
-    """
-
-    nodes: Mapping[str, Point]
-    curves: tuple[tuple[Point, ...], ...]
-    tips: tuple[Point, ...]
-    numbers: Mapping[int, Point]
 
 
 def select(circuit: CircuitGraph, max_edges: int = MAX_EDGES) -> Selection:
@@ -169,11 +163,6 @@ def _with_whole_gates(
     return first + [e for e in ordered[n:] if gates.intersection(e[:2])]
 
 
-def line_width(strength: float) -> float:
-    """Width in points of an effect's line: by the root, so that weak ones still show."""
-    return 0.7 + 3.3 * math.sqrt(strength)
-
-
 def boxes(selection: Selection, places: Places) -> list[Box]:
     """The components, drawn."""
     found: list[Box] = []
@@ -189,19 +178,26 @@ def curves(selection: Selection, places: Places) -> list[Curve]:
     """The effects, drawn, weakest first."""
     weakest = min((effect.strength for effect in selection.effects), default=0.0)
     # Among many lines the weak ones step back, so that the strong ones can be followed.
-    fade = 0.0 if len(selection.effects) <= 40 or weakest == 1 else 0.65 / (1 - weakest)
+    # Not where colours say which circuit has an edge: pale ones could not be told apart.
+    flat = len(selection.effects) <= 40 or weakest == 1 or any(e.owner for e in selection.effects)
+    fade = 0.0 if flat else 0.65 / (1 - weakest)
     return [
         Curve(
             points,
-            selection.colour(effect.score),
+            selection.ink(effect)[0],
             line_width(effect.strength),
-            opacity=1.0 - fade * (1.0 - effect.strength),
+            opacity=(1.0 - fade * (1.0 - effect.strength)) * opacity(effect),
             tip=tip if effect.directed else None,
-            dashed=not selection.established or effect.redundant,
+            dash=selection.ink(effect)[1],
             tooltip=effect.tooltip,
         )
         for effect, points, tip in zip(selection.effects, places.curves, places.tips, strict=True)
     ]
+
+
+def opacity(effect: Effect) -> float:
+    """How firm an effect's line is: faint where few resamples found it again, never gone."""
+    return 0.2 + 0.8 * effect.inclusion
 
 
 def numbers(selection: Selection, places: Places) -> list[Text]:
@@ -209,7 +205,7 @@ def numbers(selection: Selection, places: Places) -> list[Text]:
     return [
         Text(
             x, y, number(selection.effects[i].score), 8.0,
-            selection.colour(selection.effects[i].score), halo=True,
+            selection.ink(selection.effects[i])[0], halo=True,
         )
         for i, (x, y) in sorted(places.numbers.items())
     ]  # fmt: skip
@@ -243,7 +239,7 @@ def grid(selection: Selection) -> Places:
     for row in [*reversed(selection.ranks()), *selection.ranks()]:
         for name, x in _packed(selection, row, nodes, middle).items():
             nodes[name] = x, heights[row[0].rank]
-    paths = [_path(selection, nodes, effect) for effect in selection.effects]
+    paths = [path_of(selection.components, nodes, effect) for effect in selection.effects]
     curves, tips = [points for points, _ in paths], [tip for _, tip in paths]
     if not selection.broken:
         return Places(nodes, tuple(curves), tuple(tips), {})
@@ -256,7 +252,7 @@ def grid(selection: Selection) -> Places:
             end, tips[index] = (end[0] + aside, end[1]), (tip[0] + aside, tip[1])
         if curves[index][0][1] < end[1]:
             curves[index] = passages.lead(curves[index][0], end)
-    written = {i: _beside(curve[-4:], 1) for i, curve in enumerate(curves) if selection.numbered}
+    written = {i: beside(curve[-4:], 1) for i, curve in enumerate(curves) if selection.numbered}
     return Places(nodes, tuple(curves), tuple(tips), written)
 
 
@@ -320,73 +316,6 @@ def _wished(
                 members[other].append(nodes[one][0])
     wished = [(c, sum(members[c.name]) / max(1, len(members[c.name]))) for c in row]
     return sorted(wished, key=lambda pair: (pair[1], pair[0].name))
-
-
-def at_gates(selection: Selection, places: Places) -> Places:
-    """The same places, but inputs of gates enter side by side, from below, at the symbol's edge."""
-    entering: dict[str, list[int]] = {}
-    for index, effect in enumerate(selection.effects):
-        if selection.components[effect.target].symbol:
-            entering.setdefault(effect.target, []).append(index)
-    curves, tips, written = list(places.curves), list(places.tips), dict(places.numbers)
-    for name, indices in entering.items():
-        symbol = selection.components[name].symbol
-        assert symbol is not None
-        for index in indices:
-            source = selection.effects[index].source
-            floor = places.nodes[source][1] - selection.components[source].height / 2
-            if min(y for _, y in curves[index]) < floor:
-                # Graphviz sometimes leads an input around below its own row.
-                curves[index], _ = _path(selection, places.nodes, selection.effects[index])
-        x, y = places.nodes[name]
-        indices.sort(key=lambda i: (curves[i][-4][0], i))
-        for index, (dx, dy) in zip(indices, symbol.feet(len(indices)), strict=True):
-            tips[index] = x + dx, y + dy
-            below = y + dy - arrow_length(line_width(selection.effects[index].strength))
-            curves[index] = _from_below(curves[index], (x + dx, below))
-            if index in written and written[index][1] > curves[index][-4][1]:
-                written[index] = _beside(curves[index][-4:], -1 if dx < 0 else 1)
-    return Places(places.nodes, tuple(curves), tuple(tips), written)
-
-
-def _beside(segment: tuple[Point, ...], side: int) -> Point:
-    """Where a score is written beside a Bezier segment: outwards, so that inputs stay clear."""
-    parts = (0.216, 0.432, 0.288, 0.064)  # the Bernstein polynomials at 0.4
-    x, y = (sum(w * p[axis] for w, p in zip(parts, segment, strict=True)) for axis in (0, 1))
-    (x1, y1), (x2, y2) = segment[0], segment[3]
-    length = math.dist((x1, y1), (x2, y2)) or 1.0
-    across, up = side * (y2 - y1) / length, side * (x1 - x2) / length
-    clear = 6.0 + 12.0 * abs(across)
-    return x + clear * across, y + clear * up
-
-
-def _from_below(points: tuple[Point, ...], end: Point) -> tuple[Point, ...]:
-    """The same curve, bent so that it arrives at ``end`` from straight below, without a kink."""
-    # Enough of the old curve's end goes that the new one has room to turn.
-    kept = max((i for i in range(0, len(points) - 3, 3) if points[i][1] < end[1] - 24), default=0)
-    (x, y), (nearby_x, nearby_y) = points[kept], points[kept + 1]
-    reach = 0.4 * math.dist((x, y), end)
-    stretch = reach / (math.dist((x, y), (nearby_x, nearby_y)) or 1.0)
-    leaving = x + stretch * (nearby_x - x), y + stretch * (nearby_y - y)
-    # Never lower than where it comes from, or it would lead around its own source.
-    below = max(8.0, min(reach, 0.8 * (end[1] - y)))
-    return (*points[: kept + 1], leaving, (end[0], end[1] - below), end)
-
-
-def _path(
-    selection: Selection, nodes: Mapping[str, Point], effect: Effect
-) -> tuple[tuple[Point, ...], Point]:
-    source, target = selection.components[effect.source], selection.components[effect.target]
-    (x0, y0), (x1, y1) = nodes[effect.source], nodes[effect.target]
-    y0 += source.height / 2
-    tip = (x1 + target.foot(effect.port), y1 - target.height / 2)
-    head = arrow_length(line_width(effect.strength)) if effect.directed else 0.0
-    x1, y1 = tip[0], tip[1] - head
-    rise = y1 - y0
-    reach = max(18.0, 0.4 * rise)
-    # A line straight up would hide behind the boxes of its own column.
-    bow = 0.0 if abs(x1 - x0) > 20 or rise < 60 else 26.0 + 0.05 * rise
-    return ((x0, y0), (x0 + bow, y0 + reach), (x1 + bow, y1 - reach), (x1, y1)), tip
 
 
 def _box(component: Component, place: Point) -> Box:

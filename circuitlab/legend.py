@@ -14,14 +14,14 @@ from circuitlab.errors import GraphError
 from circuitlab.graph import CircuitGraph
 from circuitlab.labels import clip, visible
 from circuitlab.layout import (
-    Places,
+    OWNED,
     Selection,
     boxes,
     curves,
     helps,
-    line_width,
     numbers,
 )
+from circuitlab.routes import Places, line_width
 from circuitlab.scene import Box, Curve, Point, Scene, Text, text_width
 from circuitlab.symbols import SYMBOLS, Outline
 from circuitlab.wiring import Wiring
@@ -32,6 +32,9 @@ _SIZE = 8.5
 _ROW = 14.0
 _SAMPLE = 22.0
 _GREY, _RED = "#555555", "#C00000"
+
+#: Layers, and heads in a layer, of the largest model whose edges are counted.
+_LARGEST = 1000
 
 _Item = tuple[float, list[Curve], list[Text]]
 
@@ -110,6 +113,8 @@ def n_edges(circuit: CircuitGraph) -> int | None:
     layers, heads = graph.get("n_layers"), graph.get("n_heads")
     if not isinstance(layers, int) or not isinstance(heads, int):
         return None
+    if not (0 < layers <= _LARGEST and 0 < heads <= _LARGEST):
+        return None  # a stranger's file may say anything, and edges are counted layer by layer
     wiring = Wiring(layers, heads, bool(graph.get("parallel", False)))
     try:
         for name in circuit:
@@ -129,6 +134,8 @@ def meanings(selection: Selection) -> list[str]:
         words.append("stacked: features active together, and how many")
     if any(effect.redundant for effect in selection.effects):
         words.append("dashed: redundant, others can stand in")
+    if any(effect.inclusion < 1 for effect in selection.effects):
+        words.append("faint: found again in few resamples")
     return words
 
 
@@ -143,23 +150,37 @@ def sign_words(circuit: CircuitGraph) -> tuple[str, str]:
     return "negative", "positive"
 
 
+def owner_words(circuit: CircuitGraph, selection: Selection) -> dict[str, str]:
+    """What each colour says where two circuits are compared; empty elsewhere."""
+    names = circuit.graph.get("compared")
+    first, second = names if isinstance(names, list) and len(names) == 2 else ("A", "B")
+    shown = {effect.owner for effect in selection.effects}
+    words = {"a": f"only {_word(first, 40)}", "b": f"only {_word(second, 40)}", "both": "both"}
+    return {owner: words[owner] for owner in OWNED if owner in shown}
+
+
+def _owners(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
+    words = owner_words(circuit, selection)
+    return [_line_item(*OWNED[owner], text) for owner, text in words.items()]
+
+
 def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
     if not selection.effects:
         return []
     dashed = not selection.established
-    items: list[_Item] = []
+    items = _owners(circuit, selection)
     signs = [s for s in (-1.0, 1.0) if any(effect.score * s > 0 for effect in selection.effects)]
-    if signs == [1.0] and not selection.helps:
-        signs = []  # a score that knows no sign
+    if items or (signs == [1.0] and not selection.helps):
+        signs = []  # colours say something else, or the score knows no sign
     for sign, words in zip((-1.0, 1.0), sign_words(circuit), strict=True):
         if sign in signs:
-            line = _sample(0.0, 2.2, selection.colour(sign), dashed)
-            items.append((_SAMPLE + 5 + _wide(words), [line], [_words(_SAMPLE + 5, words)]))
+            items.append(_line_item(selection.colour(sign), _dash(dashed), words))
     low, high = selection.scores
     texts, lines, x = [_words(0, "|score|")], [], _wide("|score|") + 6
     for size in (low, high) if low < high else (high,):
         figure = number(size).lstrip("+")
-        lines.append(_sample(x, line_width(size / high if high else 0.0), "#555555", dashed))
+        width = line_width(size / high if high else 0.0)
+        lines.append(_sample(x, width, "#555555", _dash(dashed)))
         texts.append(_words(x + _SAMPLE + 4, figure))
         x += _SAMPLE + 4 + _wide(figure) + 8
     items.append((x - 8, lines, texts))
@@ -173,7 +194,7 @@ def _legend(circuit: CircuitGraph, selection: Selection) -> list[_Item]:
         if symbol:
             x, lines = 17.0, [_miniature(outline) for outline in symbol.outlines]
         elif words.startswith("dashed"):
-            x, lines = _SAMPLE + 5, [_sample(0.0, 1.6, "#555555", dashed=True)]
+            x, lines = _SAMPLE + 5, [_sample(0.0, 1.6, "#555555", "dashed")]
         items.append((x + _wide(words), lines, [_words(x, words)]))
     return items
 
@@ -228,10 +249,19 @@ def _wide(text: str) -> float:
     return text_width(text, _SIZE)
 
 
-def _sample(x: float, width: float, shade: str, dashed: bool) -> Curve:
+def _line_item(shade: str, dash: str, words: str) -> _Item:
+    line = _sample(0.0, 2.2, shade, dash)
+    return _SAMPLE + 5 + _wide(words), [line], [_words(_SAMPLE + 5, words)]
+
+
+def _dash(dashed: bool) -> str:
+    return "dashed" if dashed else "solid"
+
+
+def _sample(x: float, width: float, shade: str, dash: str) -> Curve:
     third = _SAMPLE / 3
     points = tuple((x + step * third, 0.0) for step in range(4))
-    return Curve(points, shade, width, dashed=dashed)
+    return Curve(points, shade, width, dash=dash)
 
 
 def _miniature(outline: Outline) -> Curve:

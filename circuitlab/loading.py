@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,10 @@ from circuitlab.checks import Probe, probe, require, run_checks
 from circuitlab.errors import ModelError, OptionError
 from circuitlab.model import TracedModel
 from circuitlab.pretrained import (
+    SPREADS,
     TOKENIZER_FILES,
+    DeviceMap,
+    Placement,
     hub_answers,
     read_config,
     read_pretrained,
@@ -26,6 +30,7 @@ from circuitlab.remote.client import Client, remote_client
 from circuitlab.remote.engine import RemoteEngine
 from circuitlab.remote.skeleton import RemoteModule, empty_tokenizer, make_skeleton
 from circuitlab.room import check_room
+from circuitlab.spread import SpreadModule, SpreadTracer, first_device, is_spread
 
 if TYPE_CHECKING:
     from circuitlab.architectures import Architecture
@@ -42,6 +47,8 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    device_map: DeviceMap | None = None,
+    offload: str | Path | None = None,
     remote: bool | str = False,
     remote_key: str | None = None,
     timeout: float = 3600.0,
@@ -60,6 +67,11 @@ def load_model(
         revision: Commit, branch or tag of a hub model.
         trust_remote_code: Run code that the model's folder or repository carries.
         allow_pickle: Read ``pytorch_model.bin`` where there are no safetensors.
+        device_map: Spread the weights of a folder or hub model over devices: ``auto``,
+            ``balanced``, ``balanced_low_0``, ``sequential``, or a device (``cuda:1``, ``cpu``,
+            ``disk``) for each part by its path. Needs accelerate.
+        offload: Folder for weights that fit into no memory; with it ``device_map`` is ``auto``
+            unless it is given.
         remote: True to run it on NDIF, or the address of another host. Then only configuration and
             tokenizer are read here, from a folder or the hub; the API key is ``NDIF_API_KEY``.
         remote_key: What the host calls the model: a repository, or the host's whole model key. By
@@ -73,21 +85,12 @@ def load_model(
         ModelError: it cannot be had, or no plugin knows its family.
         QualityError: the traced model differs from the plain one.
         ResourceError: the weights of a folder do not fit into the memory that is free.
-        OptionError: the device does not exist, or the remote address is not safe.
+        OptionError: the device does not exist, the remote address is not safe, or ``device_map``
+            is given together with ``device``, ``remote`` or a model that is small or in memory.
         RemoteError: the host refuses or cannot be reached.
     """
     if isinstance(source, TracedModel):
         return source
-    if remote:
-        if (device, dtype) != ("auto", "float32"):
-            raise OptionError(
-                f"a remote model has the device and type its host gave it; leave out "
-                f"--device {device} and --dtype {dtype}, or --remote"
-            )
-        client = remote_client(remote, remote_key, timeout, job_log)
-        model, plain = _on_host(source, client, revision, trust_remote_code, registry)
-        require(model, run_checks(model, plain))
-        return model
     model, plain = load_unchecked(
         source,
         device=device,
@@ -95,6 +98,12 @@ def load_model(
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        device_map=device_map,
+        offload=offload,
+        remote=remote,
+        remote_key=remote_key,
+        timeout=timeout,
+        job_log=job_log,
         registry=registry,
     )
     require(model, run_checks(model, plain))
@@ -109,47 +118,104 @@ def load_unchecked(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    device_map: DeviceMap | None = None,
+    offload: str | Path | None = None,
+    remote: bool | str = False,
+    remote_key: str | None = None,
+    timeout: float = 3600.0,
+    job_log: str | Path | None = None,
     registry: Registry | None = None,
 ) -> tuple[TracedModel, Probe]:
     """The model of :func:`load_model` before its self-check, and what the plain module says."""
-    task_name = corpus = fresh = None
+    if remote:
+        _check_remote(device, dtype, device_map, offload)
+        client = remote_client(remote, remote_key, timeout, job_log)
+        return _on_host(source, client, revision, trust_remote_code, registry)
+    own: dict[str, Any] = {}
+    module: Any
+    tokenizer: Any
+    placement = _placement(source, device, device_map, offload)
     if isinstance(source, str | Path):
-        where = _device(device)
-        module: Any
-        tokenizer: Any
-        if source in zoo.MODELS:
-            module, tokenizer = zoo.load(str(source))
-            task_name = zoo.MODELS[str(source)].task
-            corpus = partial(zoo.corpus, str(source))
-            if zoo.MODELS[str(source)].kind == "trained":
-                fresh = partial(zoo.untrained, str(source))
-            revision = None
+        name, where, kind = str(source), _device(device), getattr(torch, dtype)
+        if name in zoo.MODELS:
+            module, tokenizer = zoo.load(name)
+            own, revision = _bundled(name), None
         else:
-            if Path(source).is_dir():
-                check_room(Path(source), getattr(torch, dtype), where)
-            module, tokenizer = read_pretrained(
-                str(source), revision, trust_remote_code, allow_pickle
-            )
+            if Path(name).is_dir() and placement is None:
+                check_room(Path(name), kind, where)
+            read = (name, revision, trust_remote_code, allow_pickle)
+            module, tokenizer = read_pretrained(*read, dtype=kind, placement=placement)
         revision = getattr(module.config, "_commit_hash", None) or revision
-        module = module.to(device=where, dtype=getattr(torch, dtype)).requires_grad_(False)
-        name = str(source)
+        module = module if is_spread(module) else module.to(device=where, dtype=kind)
+        module.requires_grad_(False)
     else:
         module, tokenizer = source if isinstance(source, tuple) else (source, None)
         name = _live_name(module)
     module.eval()
     architecture = _architecture(module, name, registry or Registry.load())
+    if is_spread(module):
+        first = first_device(module)
+        own = {"engine": SpreadTracer(module, first), "fresh": partial(_not_anew, name)}
+        module = SpreadModule(module, first)
     plain = probe(module)
-    model = TracedModel(
-        module,
-        tokenizer,
-        architecture,
-        name=name,
-        revision=revision,
-        task_name=task_name,
-        corpus=corpus,
-        fresh=fresh,
+    return TracedModel(module, tokenizer, architecture, name=name, revision=revision, **own), plain
+
+
+def _check_remote(
+    device: str, dtype: str, device_map: DeviceMap | None, offload: str | Path | None
+) -> None:
+    """Refuse to say where the weights of a model go that stay on a host."""
+    if device_map is not None or offload is not None:
+        raise OptionError(
+            "a remote model's weights are on its host; leave out --device-map and --offload, or "
+            "--remote"
+        )
+    if (device, dtype) != ("auto", "float32"):
+        raise OptionError(
+            f"a remote model has the device and type its host gave it; leave out --device {device} "
+            f"and --dtype {dtype}, or --remote"
+        )
+
+
+def _bundled(name: str) -> dict[str, Any]:
+    """What a bundled model brings beside its weights."""
+    model = zoo.MODELS[name]
+    brought = {"task_name": model.task, "corpus": partial(zoo.corpus, name)}
+    return brought | ({"fresh": partial(zoo.untrained, name)} if model.kind == "trained" else {})
+
+
+def _placement(
+    source: object, device: str, device_map: DeviceMap | None, offload: str | Path | None
+) -> Placement | None:
+    """Where parts of the model go, if that is said."""
+    if device_map is None and offload is None:
+        return None
+    if not isinstance(source, str | Path) or source in zoo.MODELS:
+        what = f"bundled model {source!r}" if isinstance(source, str) else "a live module"
+        raise OptionError(
+            f"--device-map and --offload say where weights are read to, and {what} needs none; "
+            f"leave them out, or give a folder or a hub id"
+        )
+    if device != "auto":
+        raise OptionError(
+            f"--device {device} and --device-map both say where; leave one of them out"
+        )
+    if isinstance(device_map, str) and device_map not in SPREADS:
+        _device(device_map, "--device-map", *SPREADS)
+    if find_spec("accelerate") is None:
+        raise ModelError(
+            "--device-map and --offload need accelerate, which is not installed: run `pip install "
+            "accelerate`, or leave them out"
+        )
+    return Placement("auto" if device_map is None else device_map, offload)
+
+
+def _not_anew(name: str, seed: int) -> Any:
+    """Refuse a model as it was before training, whose weights would be on one device."""
+    raise ModelError(
+        f"model {name!r} is spread over devices, and with new weights it would be on one; leave "
+        f"out controls with new weights, or load it without --device-map and --offload"
     )
-    return model, plain
 
 
 def _on_host(
@@ -222,7 +288,7 @@ def _architecture(module: Any, name: str, registry: Registry) -> Architecture:
     return architecture
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, flag: str = "--device", *words: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -230,7 +296,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(
-            f"--device {name} cannot be used: {str(error).splitlines()[0]}; "
-            f"try auto, cpu, cuda, cuda:0 or mps"
+            f"{flag} {name} cannot be used: {str(error).splitlines()[0]}; "
+            f"try {', '.join(words or ['auto'])}, cpu, cuda, cuda:0 or mps"
         ) from error
     return device

@@ -14,6 +14,7 @@ from circuitlab.attending import Attention
 from circuitlab.errors import GraphError, ModelError, NumericsError, SiteError
 from circuitlab.fresh import fresh_weights
 from circuitlab.labels import counted
+from circuitlab.notebook import Shown, html_table
 from circuitlab.plans import Ending, Locator, make_plan
 from circuitlab.prompts import EncodedTask, Tokens, encode_prompts, encode_task
 from circuitlab.receivers import Receivers
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 Prompts = Tokens | Sequence["Prompt"]
 
 
-class TracedModel:
+class TracedModel(Shown):
     """A transformer whose sites can be read and written; made by :func:`circuitlab.load_model`.
 
     Attributes:
@@ -81,6 +82,16 @@ class TracedModel:
             f"TracedModel({self.name!r}, {self.architecture.family}, {size}, "
             f"d_model {self.d_model}, {self.dtype} on {self.device})"
         )
+
+    def _shown(self) -> tuple[str, str]:
+        a = self.architecture
+        rows = [("family", a.family), ("blocks", a.n_layers), ("d_model", a.d_model)]
+        rows += [("parameters", f"{self.n_parameters:,}"), ("on", f"{self.dtype}, {self.device}")]
+        rows += [("inside blocks", "not known")] if a.blocks_only else [
+            ("heads", a.n_heads), ("edges", f"{self.wiring.n_edges:,}"),
+        ]  # fmt: skip
+        rows += [("task", self.task_name)] if self.task_name else []
+        return repr(self), html_table((), rows, caption=self.name)
 
     @property
     def n_layers(self) -> int:

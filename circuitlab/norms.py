@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,15 @@ class Norm:
         shift: ``[d_model]``, float64.
         centred: Whether the mean is taken off, as LayerNorm does and RMSNorm does not.
         scaled: Whether the stream is divided by its size; False for an identity.
+        epsilon: What is added to the mean square, of which ``scale`` is the root; 0 for an
+            identity.
     """
 
     gain: Tensor
     shift: Tensor
     centred: bool
     scaled: bool
+    epsilon: float = 0.0
 
     def fold(self, weight: Tensor) -> Tensor:
         """A map ``[..., d_model, n]`` of what the norm gives, as one of ``x / scale``."""
@@ -114,7 +117,9 @@ def read_norm(module: nn.Module, width: int) -> Norm:
             f"norm of class {type(module).__name__} is neither a LayerNorm, an RMSNorm nor an "
             f"identity, so it cannot be folded into the weights that read it"
         )
-    return Norm(gain, shift, centred, scaled)
+    found = Norm(gain, shift, centred, scaled)
+    at_nothing = float(found.scale(module, torch.zeros_like(tried[:1])))
+    return replace(found, epsilon=at_nothing**2 if scaled else 0.0)
 
 
 def in_type(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -193,14 +193,14 @@ class Patcher:
 
         Args:
             layer: The layer.
-            change: ``[n, batch, pos, d_model]``.
+            change: ``[n, batch, pos, d_model]``, or of the last position alone.
 
         Returns:
-            ``[n, batch, pos, d_model]``.
+            The same shape.
         """
         site = Site("mlp_out", layer)
         run = self._run(layer, self._mlp_writes(layer, change), read=[site])
-        return run[site].view(change.shape) - self.base[site]
+        return run[site].view(change.shape) - self.base[site][:, -change.shape[2] :]
 
     # --- the metric after a change ----------------------------------------------------------------
 

@@ -5,24 +5,54 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from circuitlab import zoo
 from circuitlab.errors import ModelError
 from circuitlab.registry import describe
 
+if TYPE_CHECKING:
+    import torch
+
+#: A word for how to spread a model, or a device for each of its parts, by path.
+DeviceMap = str | Mapping[str, int | str]
+#: These words; a device is one too.
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 #: Seconds the hub has to answer before only its cache is used.
 HUB_TIMEOUT = 10.0
 #: A folder with none of these has no tokenizer, and reads token ids.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
+class Placement(NamedTuple):
+    """How accelerate is to spread a model over devices, and where the rest goes."""
+
+    device_map: DeviceMap
+    offload: str | Path | None
+
+    def settings(self) -> dict[str, Any]:
+        """For the loader."""
+        given = self.device_map
+        folder = None if self.offload is None else str(self.offload)
+        return {
+            "device_map": given if isinstance(given, str) else dict(given),
+            "offload_folder": folder,
+        }
+
+
 def read_pretrained(
-    source: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool
+    source: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    *,
+    dtype: torch.dtype,
+    placement: Placement | None = None,
 ) -> tuple[Any, Any]:
     """Module and tokenizer from a folder or the hub, every weight accounted for."""
     local = Path(source).is_dir()
@@ -45,10 +75,12 @@ def read_pretrained(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if allow_pickle else True,
                 attn_implementation="eager",
+                dtype=dtype,
                 local_files_only=cached_only,
                 # They are refused below, by name.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **({} if placement is None else placement.settings()),
             )
     except Exception as error:  # the loader raises every kind; each becomes one clear line
         raise _refusal(source, local, error) from error
@@ -66,10 +98,14 @@ def _silent_loader() -> Iterator[None]:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped upstream
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped upstream
+    accelerate = getLogger("accelerate")
+    level = accelerate.level
+    accelerate.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        accelerate.setLevel(level)
 
 
 def hub_answers() -> bool:

@@ -14,6 +14,7 @@ Listener = Callable[[str, int, int | None], None]
 
 _listener: ContextVar[Listener | None] = ContextVar("circuitlab_progress", default=None)
 _warned: ContextVar[Callable[[str], None] | None] = ContextVar("circuitlab_warned", default=None)
+_informed: ContextVar[Callable[[str], None] | None] = ContextVar("circuitlab_facts", default=None)
 
 
 def track(
@@ -54,12 +55,24 @@ def tell(warnings: Iterable[str]) -> None:
             warned(warning)
 
 
+def inform(fact: str) -> None:
+    """Tell whoever listens of something that is neither progress nor a warning."""
+    informed = _informed.get()
+    if informed is not None and fact:
+        informed(fact)
+
+
 @contextmanager
-def listening(listener: Listener, warned: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Progress made inside is told to ``listener``, warnings to ``warned``."""
-    token, other = _listener.set(listener), _warned.set(warned)
+def listening(
+    listener: Listener,
+    warned: Callable[[str], None] | None = None,
+    informed: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Progress made inside goes to ``listener``, warnings to ``warned``, facts to ``informed``."""
+    tokens = _listener.set(listener), _warned.set(warned), _informed.set(informed)
     try:
         yield
     finally:
-        _listener.reset(token)
-        _warned.reset(other)
+        _listener.reset(tokens[0])
+        _warned.reset(tokens[1])
+        _informed.reset(tokens[2])

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from circuitlab.errors import OptionError, SiteError, TaskError
+from circuitlab.labels import counted
 from circuitlab.metrics import METRICS, Answers, Metric, find_metric
+from circuitlab.notebook import Shown, html_table
+from circuitlab.notes import Notes, pair_names
 from circuitlab.tasks import Align, Prompt, PromptPair, Task
 from circuitlab.tokenization import Encoder, Tokenizer, quoted
 
@@ -74,7 +77,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class EncodedTask:
+class EncodedTask(Shown):
     """A task's prompts and answers as one model reads them.
 
     Attributes:
@@ -99,6 +102,17 @@ class EncodedTask:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def _shown(self) -> tuple[str, str]:
+        width = self.clean.ids.shape[1]
+        text = f"{counted(len(self), 'pair')} of task {self.task.name!r}, {width} positions, "
+        text += f"metric {self.metric.name}"
+        rows: list[tuple[object, ...]] = [
+            (number, " ".join(tokens), self.task.pairs[number - 1].answers)
+            for number, tokens in zip(self.numbers, self.tokens_text, strict=True)
+        ]
+        rows += [("warning", warning, "") for warning in self.warnings]
+        return text, html_table(("pair", "clean, as tokens", "answers"), rows, caption=text)
 
     @property
     def aligned(self) -> bool:
@@ -228,7 +242,7 @@ def encode_task(
         raise OptionError(f"align {align!r} is unknown; use {', '.join(get_args(Align))}")
     chosen = find_metric(metric or task.metric)
     encoder = Encoder(tokenizer, vocab_size, n_positions)
-    notes = _Notes(task)
+    notes = Notes(task)
     rows = [_encode_pair(encoder, notes, pair, i, chosen) for i, pair in enumerate(task.pairs, 1)]
     _refuse_equal(task, encoder, rows)
     rows = _align(task, encoder, notes, rows, align)
@@ -257,30 +271,8 @@ class _Row:
     wrong: list[int]
 
 
-class _Notes:
-    """Warnings, gathered so that one sentence names all the pairs it holds for."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self._pairs: dict[str, list[int]] = {}
-        self._examples: dict[str, str] = {}
-
-    def add(self, fact: str, number: int, example: str = "") -> None:
-        """Note a fact about a pair; the first example stays."""
-        self._pairs.setdefault(fact, []).append(number)
-        self._examples.setdefault(fact, example)
-
-    def sentences(self) -> tuple[str, ...]:
-        """One warning for each fact."""
-        return tuple(
-            f"task {self.task.name!r}, {_pairs(numbers)}: {fact}"
-            + (f" ({self._examples[fact]})" if self._examples[fact] else "")
-            for fact, numbers in self._pairs.items()
-        )
-
-
 def _encode_pair(
-    encoder: Encoder, notes: _Notes, pair: PromptPair, number: int, metric: Metric
+    encoder: Encoder, notes: Notes, pair: PromptPair, number: int, metric: Metric
 ) -> _Row:
     where = f"task {notes.task.name!r}, pair {number}"
     ids: dict[str, list[int]] = {}
@@ -319,14 +311,14 @@ def _refuse_equal(task: Task, encoder: Encoder, rows: list[_Row]) -> None:
     equal = [row for row in rows if row.clean == row.corrupt]
     if equal:
         raise TaskError(
-            f"task {task.name!r}, {_pairs([row.number for row in equal])}: the metric gap is 0, "
-            f"clean and corrupt are the same tokens {encoder.shown(equal[0].clean)}; "
-            f"change corrupt or leave the pair out"
+            f"task {task.name!r}, {pair_names([row.number for row in equal])}: "
+            f"the metric gap is 0, clean and corrupt are the same tokens "
+            f"{encoder.shown(equal[0].clean)}; change corrupt or leave the pair out"
         )
 
 
 def _align(
-    task: Task, encoder: Encoder, notes: _Notes, rows: list[_Row], align: Align
+    task: Task, encoder: Encoder, notes: Notes, rows: list[_Row], align: Align
 ) -> list[_Row]:
     uneven = [row for row in rows if len(row.clean) != len(row.corrupt)]
     if not uneven:
@@ -338,7 +330,7 @@ def _align(
             for row in uneven[:3]
         )
         raise TaskError(
-            f"task {task.name!r}, {_pairs([row.number for row in uneven])}: clean and corrupt "
+            f"task {task.name!r}, {pair_names([row.number for row in uneven])}: clean and corrupt "
             f"differ in length ({lengths}); use --align drop to leave such pairs out, "
             f"or --align pad to pad the shorter on the left"
         )
@@ -361,7 +353,7 @@ def _align(
     return kept
 
 
-def _note_repeats(notes: _Notes, rows: list[_Row]) -> None:
+def _note_repeats(notes: Notes, rows: list[_Row]) -> None:
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     repeats = []
     for row in rows:
@@ -389,10 +381,3 @@ def _padded(rows: list[list[int]], width: int) -> Tokens:
 def _answer_ids(rows: list[list[int]]) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64)
-
-
-def _pairs(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"pair {numbers[0]}"
-    named = ", ".join(map(str, numbers[:5]))
-    return f"pairs {named}" + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")

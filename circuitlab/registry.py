@@ -6,33 +6,37 @@ one name are an error that names both.
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.metadata import EntryPoint, distribution, entry_points
+from importlib.metadata import EntryPoint
+from threading import Timer
 from typing import TYPE_CHECKING, Any, Self
 
 import pluggy
 
 from circuitlab import hookspecs
+from circuitlab.architectures import Architecture
+from circuitlab.entries import GROUP, installed_plugins, left_out
 from circuitlab.errors import CircuitLabError, PluginError, TaskError
-from circuitlab.options import Option, read_options
+from circuitlab.hookspecs import API_VERSION
+from circuitlab.offers import Analysis, Collector, Command, PluginInfo, describe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from circuitlab.architectures import Architecture
     from circuitlab.graph import CircuitGraph
-    from circuitlab.hookspecs import AnalysisFunction, CommandFunction, Exporter
+    from circuitlab.hookspecs import Exporter
     from circuitlab.model import TracedModel
     from circuitlab.tasks import Task
 
-GROUP = "circuitlab"
+__all__ = ["DEFAULT_ANALYSIS", "Analysis", "Command", "PluginInfo", "Registry", "describe"]
+
 #: Analysis that ``circuitlab trace`` runs when none is named.
 DEFAULT_ANALYSIS = "edge-attribution"
+#: Seconds after which it is said that a plugin is still being loaded.
+SLOW = 5.0
 
 _SINGULAR = {
     "analyses": "analysis",
@@ -40,75 +44,14 @@ _SINGULAR = {
     "exporters": "exporter",
     "tasks": "task",
 }
-#: Words that the command line has itself: no plugin's command can begin with them.
-_OURS = frozenset({"trace", "render", "plugins", "models", "tasks", "doctor", "runs"})
-_KEBAB = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A registered analysis: its name, function, plugin, and options read from the signature.
-
-    With ``stream_only`` it also runs where only the blocks of a model are known. ``shards`` are the
-    option values with which it can be split into shards; None if it cannot.
-    """
-
-    name: str
-    function: AnalysisFunction
-    plugin: str
-    options: tuple[Option, ...]
-    stream_only: bool = False
-    shards: Mapping[str, Any] | None = None
-
-    @property
-    def needs_task(self) -> bool:
-        """Whether there is nothing to analyse without a task; else its default is None."""
-        task = list(inspect.signature(self.function).parameters.values())[1]
-        return task.default is inspect.Parameter.empty
-
-    @property
-    def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A registered command: ``name`` is one word, or a group and a name; options by signature."""
-
-    name: str
-    function: CommandFunction
-    plugin: str
-    options: tuple[Option, ...]
-    stream_only: bool = False
-
-
-@dataclass
-class PluginInfo:
-    """A plugin as ``circuitlab plugins`` lists it; ``failure`` is None when it works."""
-
-    name: str
-    distribution: str
-    version: str
-    hooks: tuple[str, ...] = ()
-    offers: list[str] = field(default_factory=list)
-    failure: str | None = None
-
-    @property
-    def warning(self) -> str:
-        """One line about the failure, and how to be rid of it."""
-        return (
-            f"plugin {self.name!r} ({self.distribution} {self.version}) is left out: "
-            f"{self.failure}; mend it, uninstall it, or list the plugins you want in "
-            f"CIRCUITLAB_PLUGINS"
-        )
 
 
 class Registry:
     """Every installed plugin and what it offers.
 
     Attributes:
-        plugins: All plugins found, broken ones too, by name.
+        plugins: All plugins that were loaded, broken ones too, by name.
+        off: Those that were not wanted, by name; nothing of them was imported.
         analyses: By name.
         commands: By their one or two words.
         tasks: By name.
@@ -117,6 +60,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.plugins: dict[str, PluginInfo] = {}
+        self.off: dict[str, PluginInfo] = {}
         self.analyses: dict[str, Analysis] = {}
         self.commands: dict[str, Command] = {}
         self.tasks: dict[str, Task] = {}
@@ -125,24 +69,34 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
 
     @classmethod
-    def load(cls, allowed: Iterable[str] | None = None) -> Self:
+    def load(
+        cls, allowed: Iterable[str] | None = None, *, warn: Callable[[str], None] | None = None
+    ) -> Self:
         """The registry of what is installed.
 
         Args:
             allowed: Load only these plugins and the core's own; by default those that
-                ``CIRCUITLAB_PLUGINS`` lists, separated by commas, or all when it is not set.
+                ``CIRCUITLAB_PLUGINS`` lists, separated by commas, or all when it is not set;
+                without those that are disabled, and with ``CIRCUITLAB_NO_PLUGINS`` without those
+                that do not come with CircuitLab.
+            warn: Told of a plugin that takes longer than :data:`SLOW` to load.
 
         Raises:
             PluginError: two distributions claim one plugin name, two plugins one offer, or
                 ``CIRCUITLAB_STRICT_PLUGINS`` is set and a plugin is broken.
         """
         registry = cls()
-        if allowed is None and (listed := os.environ.get("CIRCUITLAB_PLUGINS")) is not None:
-            allowed = [name.strip() for name in listed.split(",")]
-        wanted = None if allowed is None else {"defaults", *allowed}
-        for entry in _entries():
-            if wanted is None or entry.name in wanted:
-                registry._load(entry)
+        entries = installed_plugins()
+        off = left_out(entries.values(), allowed)
+        for name, entry in entries.items():
+            dist = entry.dist
+            info = PluginInfo(name, dist.name if dist else "?", dist.version if dist else "?")
+            if name in off:
+                info.off = off[name]
+                registry.off[name] = info
+                continue
+            with _watched(info, warn):
+                registry._load(entry, info)
         if os.environ.get("CIRCUITLAB_STRICT_PLUGINS") == "1":
             for info in registry.failed:
                 raise PluginError(info.warning)
@@ -167,12 +121,13 @@ class Registry:
         """
         self.plugins[info.name] = info
         try:
+            _check_api(plugin)
             self._manager.register(plugin, name=info.name)
             info.hooks = self._checked_hooks(plugin)
             offers = self._collect(info)
-        except PluginError:
+        except (PluginError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (a plugin may raise anything)
+        except BaseException as error:  # noqa: BLE001  (a plugin may raise anything)
             if self._manager.has_plugin(info.name):
                 self._manager.unregister(name=info.name)
             info.failure = describe(error)
@@ -190,8 +145,10 @@ class Registry:
             return self.analyses[name]
         if (info := self.plugins.get(name)) is not None and info.failure is not None:
             raise PluginError(info.warning)
+        off = [f"; plugin {i.name!r} is not loaded: {i.off}" for i in self.off.values()]
         raise PluginError(
             f"analysis {name!r} is not installed; there are {', '.join(sorted(self.analyses))}"
+            f"{''.join(off)}"
         )
 
     def task(self, name: str) -> Task:
@@ -212,21 +169,27 @@ class Registry:
         """The architecture of a model family, from the first plugin that knows it.
 
         Raises:
-            PluginError: a plugin's ``adapt_architecture`` raised something of its own.
+            PluginError: a plugin's ``adapt_architecture`` raised something of its own, or gave
+                something else.
         """
         for implementation in reversed(self._manager.hook.adapt_architecture.get_hookimpls()):
             name = implementation.plugin_name
             caller = self._only(name, "adapt_architecture")
             try:
-                architecture: Architecture | None = caller(config=config)
+                architecture = caller(config=config)
             except CircuitLabError:
                 raise
             except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"plugin {name!r} failed in adapt_architecture: {describe(error)}"
                 ) from error
-            if architecture is not None:
+            if isinstance(architecture, Architecture):
                 return architecture
+            if architecture is not None:
+                raise PluginError(
+                    f"plugin {name!r} gave a {type(architecture).__name__} in adapt_architecture; "
+                    f"give a circuitlab.Architecture, or None for a family that is not its own"
+                )
         return None
 
     @property
@@ -272,12 +235,12 @@ class Registry:
                     f"plugins that annotate: {', '.join(able) or 'none installed'}"
                 )
 
-    def _load(self, entry: EntryPoint) -> None:
-        dist = entry.dist
-        info = PluginInfo(entry.name, dist.name if dist else "?", dist.version if dist else "?")
+    def _load(self, entry: EntryPoint, info: PluginInfo) -> None:
         try:
             plugin = entry.load()
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (so may importing one)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  (so may importing one)
             info.failure = describe(error)
             self.plugins[info.name] = info
             return
@@ -297,42 +260,16 @@ class Registry:
 
     def _collect(self, info: PluginInfo) -> list[tuple[str, str, Any]]:
         """Everything one plugin offers, checked, before any of it is taken on."""
-        offers: list[tuple[str, str, Any]] = []
-
-        def analysis(name: str, function: AnalysisFunction, **able: Any) -> None:
-            if not _KEBAB.fullmatch(name):
-                raise ValueError(f"analysis name {name!r} is not kebab-case")
-            options = read_options(function)
-            offer = Analysis(name, function, info.name, options, **able)
-            offers.append(("analyses", name, offer))
-
-        def command(name: str, function: CommandFunction, stream_only: bool = False) -> None:
-            words = name.split(" ")
-            if len(words) > 2 or not all(map(_KEBAB.fullmatch, words)):
-                raise ValueError(f"command {name!r} is not named by one or two kebab-case words")
-            if words[0] in _OURS:
-                raise ValueError(f"command {name!r} begins with a word of CircuitLab's own")
-            options = read_options(function, ("model",))
-            offer = Command(name, function, info.name, options, stream_only)
-            offers.append(("commands", name, offer))
-
-        def task(task: Task) -> None:
-            offers.append(("tasks", task.name, task))
-
-        def exporter(suffix: str, write: Exporter) -> None:
-            if not suffix.startswith("."):
-                raise ValueError(f"exporter suffix {suffix!r} does not start with a dot")
-            offers.append(("exporters", suffix, write))
-
+        collector = Collector(info.name)
         for hook, register in (
-            ("register_analyses", analysis),
-            ("register_commands", command),
-            ("register_tasks", task),
-            ("register_exporters", exporter),
+            ("register_analyses", collector.analysis),
+            ("register_commands", collector.command),
+            ("register_tasks", collector.task),
+            ("register_exporters", collector.exporter),
         ):
             if hook in info.hooks:
                 self._only(info.name, hook)(register=register)
-        return offers
+        return collector.offers
 
     def _offer(self, info: PluginInfo, kind: str, key: str, value: Any) -> None:
         taken: dict[str, Any] = getattr(self, kind)
@@ -343,10 +280,8 @@ class Registry:
             other = next((p for p in self.plugins.values() if offers in p.offers), info)
             names = f"{key!r}" if same[0] == key else f"{same[0]!r} and {key!r}"
             raise PluginError(
-                f"two plugins offer the {_SINGULAR[kind]} {names}: {other.name!r} "
-                f"({other.distribution} {other.version}) and {info.name!r} "
-                f"({info.distribution} {info.version}); uninstall one, or list the plugins you "
-                f"want in CIRCUITLAB_PLUGINS"
+                f"two plugins offer the {_SINGULAR[kind]} {names}: {other.origin} and "
+                f"{info.origin}; uninstall one, or `circuitlab plugins disable {info.name}`"
             )
         taken[key] = value
         info.offers.append(f"{kind}:{key}")
@@ -357,39 +292,34 @@ class Registry:
         return self._manager.subset_hook_caller(hook, others)
 
 
-def describe(error: BaseException) -> str:
-    """A stranger's exception in one line: its class and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    if isinstance(error, pluggy.PluginValidationError):  # says what is wrong in its last line
-        lines = [f"{lines[0]}: {lines[-1]}"]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _check_api(plugin: object) -> None:
+    """Refuse a plugin that states another version of the hooks than this one.
 
-
-def _entries() -> list[EntryPoint]:
-    """Entry points by name, the core's first; two distributions with one name are refused."""
-    found: dict[str, EntryPoint] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name != "defaults", e.name)):
-        other = found.get(entry.name)
-        if other is not None and _owner(other) != _owner(entry):
-            raise PluginError(
-                f"two distributions offer a plugin {entry.name!r}: {_owner(other)} and "
-                f"{_owner(entry)}; uninstall one"
-            )
-        found[entry.name] = entry
-    if "defaults" not in found:
-        raise PluginError(
-            "the built-in plugins are not installed: run `pip install -e .` in the checkout; "
-            f"importing from source alone does not register them ({_version_or_missing()})"
+    Raises:
+        TypeError: names both versions.
+    """
+    stated = getattr(plugin, "circuitlab_api", API_VERSION)
+    if stated != API_VERSION:
+        raise TypeError(
+            f"it is written for version {stated!r} of the plugin API, and this CircuitLab has "
+            f"{API_VERSION}; install a version of the plugin for this one"
         )
-    return list(found.values())
 
 
-def _owner(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-
-
-def _version_or_missing() -> str:
+@contextmanager
+def _watched(info: PluginInfo, warn: Callable[[str], None] | None) -> Iterator[None]:
+    """Say so when loading one plugin takes long: it may never end."""
+    if warn is None:
+        yield
+        return
+    text = (
+        f"plugin {info.origin} is still being loaded after {SLOW:g} s; if it hangs, stop and "
+        f"`circuitlab plugins disable {info.name}`"
+    )
+    timer = Timer(SLOW, warn, [text])
+    timer.daemon = True
+    timer.start()
     try:
-        return f"circuitlab {distribution('circuitlab').version} is registered without entry points"
-    except ModuleNotFoundError:
-        return "no circuitlab distribution is registered"
+        yield
+    finally:
+        timer.cancel()

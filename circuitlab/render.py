@@ -28,15 +28,15 @@ from circuitlab.graph import CircuitGraph, show_by
 from circuitlab.labels import escape
 from circuitlab.layout import (
     MAX_EDGES,
-    Places,
+    OWNED,
     Selection,
-    at_gates,
     grid,
     helps,
-    line_width,
+    opacity,
     select,
 )
-from circuitlab.legend import caption, compose, meanings, sign_words, verdict
+from circuitlab.legend import caption, compose, meanings, owner_words, sign_words, verdict
+from circuitlab.routes import Places, at_gates, line_width
 from circuitlab.scene import FONT, Point, Scene, arrow_length, to_pinned_dot, to_svg
 
 __all__ = ["BUDGET", "SUFFIXES", "draw", "graphviz_version", "svg", "to_dot"]
@@ -114,7 +114,7 @@ def to_dot(circuit: CircuitGraph, *, max_edges: int = MAX_EDGES) -> str:
     to a file or an address.
     """
     selection = select(circuit, max_edges)
-    lines = [*caption(circuit, selection), _sign_line(circuit), *meanings(selection)]
+    lines = [*caption(circuit, selection), _colour_line(circuit, selection), *meanings(selection)]
     if warning := verdict(circuit):
         lines.insert(0, warning)
     return _dot(selection, "".join(escape(line) + "\\l" for line in lines))
@@ -134,7 +134,7 @@ def _scene(circuit: CircuitGraph, max_edges: int) -> tuple[Scene, list[str]]:
             warnings.append(f"{error}; the built-in layout was used")
         except (KeyError, ValueError, IndexError):
             warnings.append("Graphviz gave no usable layout; the built-in layout was used")
-    places = at_gates(selection, places or grid(selection))
+    places = at_gates(selection.components, selection.effects, places or grid(selection))
     return compose(circuit, selection, places), warnings
 
 
@@ -219,18 +219,22 @@ def _field(text: str) -> str:
 def _edge(index: int, effect: Effect, selection: Selection) -> str:
     width = line_width(effect.strength)
     label = f'label=" {number(effect.score)} ", ' if selection.numbered else ""
-    shade = selection.colour(effect.score)
+    shade, dash = selection.ink(effect)
+    faint = f"{round(255 * opacity(effect)):02x}" if effect.inclusion < 1 else ""
     arrow = f'arrowsize="{arrow_length(width) / 10:.2f}"' if effect.directed else 'dir="none"'
     return (
-        f'[id="e{index}", {label}color="{shade}", fontcolor="{shade}", penwidth="{width:.2f}", '
+        f'[id="e{index}", {label}color="{shade}{faint}", fontcolor="{shade}", '
+        f'penwidth="{width:.2f}", '
         f"{arrow}, "
         f'weight="{1 + round(9 * effect.strength)}", '
-        f'style="{"dashed" if effect.redundant or not selection.established else "solid"}", '
+        f'style="{dash}", '
         f'tooltip="{escape(effect.tooltip)}"];'
     )
 
 
-def _sign_line(circuit: CircuitGraph) -> str:
+def _colour_line(circuit: CircuitGraph, selection: Selection) -> str:
+    if owners := owner_words(circuit, selection):
+        return "; ".join([f"{OWNED[owner][1]}: {text}" for owner, text in owners.items()])
     negative, positive = sign_words(circuit)
     colours = ("blue", "orange") if helps(circuit) else ("purple", "green")
     return f"{colours[0]}: {negative}; {colours[1]}: {positive}; width: root of |score|"

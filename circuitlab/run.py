@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from circuitlab.errors import SiteError
+from circuitlab.errors import ModelError, SiteError
+from circuitlab.labels import counted
+from circuitlab.notebook import Shown, html_table
 from circuitlab.plans import Locator, Place
 from circuitlab.prompts import Tokens
-from circuitlab.sites import Site
+from circuitlab.sites import BLOCK_KINDS, Site
 
 
-class Run:
+class Run(Shown):
     """What one forward pass returned.
 
     ``run[site]`` is the value at a site that was read, ``run.gradient(site)`` the gradient at one
@@ -57,6 +59,29 @@ class Run:
         """
         return self._locator.view(site, self._find(site, self._gradients, "gradient_at"))
 
+    def _sites(self) -> tuple[Site, ...]:
+        """Sites whose values are here, in the order they run."""
+        if not self._values:
+            return ()
+        architecture = self._locator.architecture
+        layers = [[Site("embed")]] + [
+            [Site(kind, layer) for kind in BLOCK_KINDS] for layer in range(architecture.n_layers)
+        ]
+        return tuple(site for some in layers for site in some if self._has(site))
+
+    def _has(self, site: Site) -> bool:
+        try:
+            return self._locator.place(site) in self._values
+        except (SiteError, ModelError):  # not of this model
+            return False
+
+    def _shown(self) -> tuple[str, str]:
+        values = {str(site): self[site] for site in self._sites()}
+        rows = [(name, tuple(value.shape), value.dtype) for name, value in values.items()]
+        rows.append(("logits", tuple(self.logits.shape), self.logits.dtype))
+        text = f"Run of {counted(len(self.tokens), 'prompt')}: {', '.join(row[0] for row in rows)}"
+        return text, html_table(("site", "shape", "type"), rows, caption=text)
+
     def _find(self, site: Site, kept: Mapping[Place, Tensor], option: str) -> Tensor:
         place = self._locator.place(site)
         if place not in kept:
@@ -74,6 +99,12 @@ class AwaitedRun(Run):
         self.tokens = tokens
         self._locator = locator
         self._outcome = outcome
+
+    def _shown(self) -> tuple[str, str]:
+        if "_outcome" in vars(self):  # showing it is no reason to wait
+            text = f"Run of {counted(len(self.tokens), 'prompt')} on a host, not looked at yet"
+            return text, html_table((), [(text,)])
+        return super()._shown()
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("logits", "_values", "_gradients"):

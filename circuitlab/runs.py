@@ -31,6 +31,7 @@ class RunFolder:
         command: Arguments of the command line, without those that name folder and shard.
         shards: Number of shards; 1 for a whole run.
         started_in: Folder in which the command was given.
+        replaced: In what the run differs that was in this folder before; empty where none was.
 
     Raises:
         TaskError: it is no folder of a run, or its plan cannot be read.
@@ -42,15 +43,25 @@ class RunFolder:
         self.command: list[str] = plan["command"]
         self.shards: int = plan["shards"]
         self.started_in = Path(plan["folder"])
+        self.replaced = ""
 
     @classmethod
-    def begin(cls, path: Path | str, command: Sequence[str], shards: int) -> RunFolder:
+    def begin(
+        cls, path: Path | str, command: Sequence[str], shards: int, *, anew: bool = False
+    ) -> RunFolder:
         """The folder of this run, made where it is not there yet.
 
         Processes may do so at once; the first one's plan holds.
 
+        Args:
+            path: The folder.
+            command: Arguments of the command line, without those that name folder and shard.
+            shards: Number of shards; 1 for a whole run.
+            anew: Where the folder is that of another run, it is removed first.
+
         Raises:
             TaskError: the folder is that of another run, or has other files.
+            OptionError: that other run is under way.
             ResourceError: it cannot be made.
         """
         folder = Path(path).resolve()
@@ -58,6 +69,10 @@ class RunFolder:
             "format": SCHEMA, "command": list(command), "shards": shards, "folder": str(Path.cwd()),
         }  # fmt: skip
         try:
+            replaced = ""
+            if anew and (folder / _PLAN).exists() and (earlier := cls(folder))._read() != plan:
+                replaced = changes(earlier._read(), plan)
+                earlier.remove()
             folder.mkdir(parents=True, exist_ok=True)
             _publish(folder, plan)
         except OSError as error:
@@ -68,8 +83,11 @@ class RunFolder:
         if (there := run._read()) != plan:
             raise TaskError(
                 f"{str(folder)!r} is the folder of another run: {changes(there, plan)}; name "
-                f"another folder, or remove it with circuitlab runs rm"
+                f"another folder, or remove it with circuitlab runs rm, as --force-new does"
             )
+        run.replaced = replaced
+        if anew:
+            (folder / _DONE).unlink(missing_ok=True)
         return run
 
     @property

@@ -24,6 +24,8 @@ _ADVANCES = (
     667, 611, 278, 278, 278, 469, 556, 333, 556, 556, 500, 556, 556, 278, 556, 556, 222, 222, 500,
     222, 833, 556, 556, 556, 556, 333, 500, 278, 556, 500, 722, 500, 500, 500, 334, 260, 334, 584,
 )  # fmt: skip
+#: Strokes and gaps of a line that is not solid, in points.
+_DASHES = {"dashed": "5,3", "dotted": "1.5,2.5"}
 #: Readers without Helvetica see a wider face (DejaVu Sans is 15 % wider); boxes leave it room.
 _WIDER = 1.15
 
@@ -65,14 +67,17 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Bezier segments (1 + 3n points), then an arrowhead from the last point to ``tip``."""
+    """Bezier segments (1 + 3n points), then an arrowhead from the last point to ``tip``.
+
+    ``dash`` is ``solid``, ``dashed`` or ``dotted``.
+    """
 
     points: tuple[Point, ...]
     colour: str
     width: float
     opacity: float = 1.0
     tip: Point | None = None
-    dashed: bool = False
+    dash: str = "solid"
     tooltip: str = ""
 
 
@@ -122,7 +127,8 @@ def to_svg(scene: Scene) -> str:
 
 def _curve_svg(curve: Curve, top: float) -> str:
     first, *rest = [f"{_n(x)},{_n(top - y)}" for x, y in curve.points]
-    dash = ' stroke-dasharray="5,3"' if curve.dashed else ""
+    pattern = _DASHES.get(curve.dash)
+    dash = f' stroke-dasharray="{pattern}"' if pattern else ""
     opacity = f' opacity="{_n(curve.opacity)}"' if curve.opacity < 1 else ""
     head = ""
     if curve.tip is not None:
@@ -222,7 +228,7 @@ def to_pinned_dot(scene: Scene, dpi: int = 72) -> str:
 def _curve_marks(curve: Curve) -> Iterator[str]:
     shade = curve.colour + f"{round(255 * curve.opacity):02x}"
     yield _style(f"setlinewidth({_n(curve.width)})")
-    yield _style("dashed" if curve.dashed else "solid")
+    yield _style(curve.dash)
     yield f"c {len(shade)} -{shade} B {_points(curve.points)}"
     if curve.tip is not None:
         yield f"C {len(shade)} -{shade} {_style('solid')} {_style('setlinewidth(0)')}"

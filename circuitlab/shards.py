@@ -77,10 +77,12 @@ def check_shards(
         )
     for option in analysis.options:
         given = options.get(option.name, option.default)
-        if (needed := analysis.shards.get(option.name, given)) != given:
+        needed = analysis.shards.get(option.name, given)
+        values = needed if isinstance(needed, tuple) else (needed,)
+        if given not in values:
             raise OptionError(
-                f"analysis {analysis.name!r} can be split into shards with {option.flag} {needed}, "
-                f"not with {given}; leave --shard out"
+                f"analysis {analysis.name!r} can be split into shards with {option.flag} "
+                f"{' or '.join(map(str, values))}, not with {given}; leave --shard out"
             )
 
 

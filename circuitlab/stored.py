@@ -93,6 +93,50 @@ class StoredWeights:
         return shares(self._in_block(layer, path), parts) if path else parts
 
     @torch.no_grad()
+    def norm_at(self, site: Site) -> Norm:
+        """The norm that reads what is at a site, as a formula; an identity where there is none.
+
+        Args:
+            site: ``resid_pre`` or ``mlp_in``: the norm that feeds a layer's attention or MLP. Or a
+                whole ``q``, ``k``, ``z`` or ``mlp_post``: the norm behind it, as of
+                :meth:`scale_behind`.
+
+        Returns:
+            The norm, its gain ``[d_model]``; of q and k ``[d_head]``, or ``[n_heads * d_head]``
+            where all heads are normed together, of k with ``n_kv_heads``.
+
+        Raises:
+            SiteError: the site is of another kind or does not exist.
+            ModelError: the norm is neither a LayerNorm, an RMSNorm nor an identity; or it stands
+                behind a projection and is no RMSNorm.
+        """
+        self._locator.check(site)
+        a, layer = self._architecture, site.layer
+        before = {"resid_pre": a.attention_norm, "mlp_in": a.mlp_norm}
+        paths = {**before, **self._behind}
+        if layer is None or site.kind not in paths:
+            raise SiteError(f"no norm reads site {site}; give {', '.join(paths)} of a layer")
+        path = paths[site.kind]
+        module = self._in_block(layer, path)
+        own = a.d_head if site.kind in PORTS else a.d_model
+        norm = read_norm(module, max((p.numel() for p in module.parameters()), default=own))
+        if site.kind not in before and (norm.centred or bool(norm.shift.any())):
+            raise ModelError(
+                f"norm {a.block(layer, path)} of class {type(module).__name__} stands behind a "
+                f"projection and takes off a mean or adds a shift, which cannot be folded into "
+                f"that projection; only an RMSNorm can"
+            )
+        return norm
+
+    @property
+    def _behind(self) -> dict[str, str]:
+        """Norms behind projections, by the site before each."""
+        a = self._architecture
+        return {
+            "q": a.q_norm, "k": a.k_norm, "z": a.attention_post_norm, "mlp_post": a.mlp_post_norm
+        }  # fmt: skip
+
+    @torch.no_grad()
     def scale_behind(self, site: Site, value: Tensor) -> Tensor:
         """What the norm behind a site divides by; 1 where there is none.
 
@@ -119,14 +163,13 @@ class StoredWeights:
         if layer is None or site.kind not in (*PORTS, "z", "mlp_post"):
             raise SiteError(f"no norm stands behind site {site}; give q, k, v, z or mlp_post")
         if site.kind in PORTS:
-            path = {"q": a.q_norm, "k": a.k_norm}.get(site.kind, "")
-            module = self._in_block(layer, path)
+            module = self._in_block(layer, self._behind.get(site.kind, ""))
             if not _joint(module, a.d_head):
                 return read_norm(module, a.d_head).scale(module, value)
             flat = value.flatten(-2)
             scale = read_norm(module, flat.shape[-1]).scale(module, flat)
             return scale[..., None, :].expand(*value.shape[:-1], 1)
-        path = a.attention_post_norm if site.kind == "z" else a.mlp_post_norm
+        path = self._behind[site.kind]
         last = a.output_projection if site.kind == "z" else a.mlp_output_projection
         flat = value.flatten(-2) if site.kind == "z" else value
         if not path:
@@ -135,22 +178,14 @@ class StoredWeights:
         given = flat @ input_by_output(projection).to(flat) + bias_of(projection).to(flat)
         return read_norm(module, a.d_model).scale(module, given)
 
-    def _gain_behind(self, layer: int, path: str, width: int) -> Tensor:
-        """Gain of a norm behind a projection, float64, ``[width]`` or ``[n, width]`` by head.
+    def _gain_behind(self, site: Site, width: int) -> Tensor:
+        """Gain of the norm behind a site, float64, ``[width]`` or ``[n, width]`` by head.
 
         Raises:
             ModelError: it does more than divide by a size and multiply by a gain.
         """
-        module = self._in_block(layer, path)
-        whole = max((parameter.numel() for parameter in module.parameters()), default=width)
-        norm = read_norm(module, whole)
-        if norm.centred or bool(norm.shift.any()):
-            raise ModelError(
-                f"norm {self._architecture.block(layer, path)} of class {type(module).__name__} "
-                f"stands behind a projection and takes off a mean or adds a shift, which cannot be "
-                f"folded into that projection; only an RMSNorm can"
-            )
-        return norm.gain if whole == width else norm.gain.view(-1, width)
+        gain = self.norm_at(site).gain
+        return gain if len(gain) == width else gain.view(-1, width)
 
     def attention_bias(self, layer: int) -> Tensor:
         """What a layer's attention adds beside its heads, ``[d_model]``; the same for every prompt.

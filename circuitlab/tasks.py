@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from circuitlab.errors import OptionError, TaskError
-from circuitlab.labels import excerpt, invisible
+from circuitlab.labels import counted, excerpt, invisible
+from circuitlab.notebook import Shown, html_table
 
 #: A prompt is text, or token ids for a model without a tokenizer.
 Prompt = str | tuple[int, ...]
@@ -60,9 +61,23 @@ class PromptPair:
                 f"write both as text or both as token ids"
             )
 
+    @property
+    def digest(self) -> str:
+        """First 12 hexadecimal digits of the SHA-256 of the pair's canonical JSON."""
+        return _digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values in auto-circuit's layout, as a task file holds them."""
+        return {
+            "clean": _plain(self.clean),
+            "corrupt": _plain(self.corrupt),
+            "answers": list(self.answers),
+            "wrong_answers": list(self.wrong_answers),
+        }
+
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Task(Shown):
     """A named set of prompt pairs and the metric that says how well a run does on them.
 
     Attributes:
@@ -131,8 +146,13 @@ class Task:
     @property
     def digest(self) -> str:
         """First 12 hexadecimal digits of the SHA-256 of the task's canonical JSON."""
-        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:12]
+        return _digest(self.to_json())
+
+    def _shown(self) -> tuple[str, str]:
+        text = f"Task {self.name!r}: {counted(len(self.pairs), 'pair')}, metric {self.metric}"
+        rows = [(p.clean, p.corrupt, p.answers, p.wrong_answers) for p in self.pairs]
+        header = ("clean", "corrupt", "answers", "wrong answers")
+        return text, html_table(header, rows, caption=text)
 
     def take(self, n: int) -> Task:
         """The task of the first ``n`` pairs; the whole task when it has no more than that.
@@ -150,15 +170,7 @@ class Task:
             "name": self.name,
             "metric": self.metric,
             "description": self.description,
-            "prompts": [
-                {
-                    "clean": _plain(pair.clean),
-                    "corrupt": _plain(pair.corrupt),
-                    "answers": list(pair.answers),
-                    "wrong_answers": list(pair.wrong_answers),
-                }
-                for pair in self.pairs
-            ],
+            "prompts": [pair.to_json() for pair in self.pairs],
         }
 
 
@@ -260,3 +272,8 @@ def _as_tuple(answers: Answer | Sequence[Answer]) -> tuple[Answer, ...]:
 
 def _plain(prompt: Prompt) -> str | list[int]:
     return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:12]

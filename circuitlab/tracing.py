@@ -89,14 +89,32 @@ class Engine(Protocol):
         """Begin a pass; the outcome when it is called for."""
 
 
+class _Placed(nnsight.NNsight):  # type: ignore[misc]  # untyped upstream
+    """A module whose inputs go to a given device, and not to that of its first weight."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._goes_to = device
+        super().__init__(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self._goes_to
+
+
 class Tracer:
-    """Runs passes of a module on this machine."""
+    """Runs passes of a module on this machine.
+
+    Args:
+        module: Any causal language model.
+        device: Where its inputs go; None for the device of its first weight.
+    """
 
     remote = False
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
         self._module = module
-        self._envoy = nnsight.NNsight(module)
+        self._envoy = nnsight.NNsight(module) if device is None else _Placed(module, device)
         self._slow = [
             (parent, name)
             for parent in module.modules()
@@ -181,11 +199,12 @@ def _replaced(places: list[tuple[nn.Module, str]], module: nn.Module) -> Iterato
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     """No parameter collects a gradient inside; afterwards each is as it was."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
+    # By name: hooks that bring weights from elsewhere put others in their place.
+    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for name in learning:
+        module.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        for name in learning:
+            module.get_parameter(name).requires_grad_(True)

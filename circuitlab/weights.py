@@ -28,8 +28,16 @@ class Weights(StoredWeights):
     """
 
     @torch.no_grad()
-    def folded(self, layer: int, dtype: torch.dtype = torch.float32) -> HeadWeights:
+    def folded(
+        self, layer: int, dtype: torch.dtype = torch.float32, *, behind: bool = True
+    ) -> HeadWeights:
         """All heads of a layer, their norms folded in; see :class:`HeadWeights`.
+
+        Args:
+            layer: The layer.
+            dtype: Type of what is given.
+            behind: Whether gains of norms behind projections are folded in too; without them q, k
+                and what is written are what those norms (:meth:`norm_at`) read.
 
         Raises:
             SiteError: the layer does not exist.
@@ -38,22 +46,21 @@ class Weights(StoredWeights):
         """
         a = self._architecture
         norm = self._norm(layer)
-        behind = {"q": a.q_norm, "k": a.k_norm}
         ports: list[Tensor] = []
         biases: list[Tensor] = []
         for port in PORTS:
             weight, bias = self.heads(layer, port).double(), self._head_bias(Site(port, layer))
             shifted, weight = norm.shift @ weight, norm.fold(weight)
             both = shifted if bias is None else shifted + bias.double()
-            if path := behind.get(port):
-                gain = self._gain_behind(layer, path, a.d_head)
+            if behind and self._behind.get(port):
+                gain = self._gain_behind(Site(port, layer), a.d_head)
                 weight, both = weight * gain[..., None, :], both * gain
             group = a.n_heads // len(weight)
             ports.append(weight.to(dtype).repeat_interleave(group, 0))
             biases.append(both.to(dtype).repeat_interleave(group, 0))
         written = self.heads(layer, "o").double()
-        if a.attention_post_norm:
-            written = written * self._gain_behind(layer, a.attention_post_norm, a.d_model)
+        if behind and a.attention_post_norm:
+            written = written * self._gain_behind(Site("z", layer), a.d_model)
         output = self._centred(written).to(dtype)
         q, k, v = ports
         q_bias, k_bias, v_bias = biases
@@ -69,8 +76,16 @@ class Weights(StoredWeights):
         return all(read_norm(norm, a.d_model).centred for norm in norms)
 
     @torch.no_grad()
-    def mlp(self, layer: int, dtype: torch.dtype = torch.float32) -> MlpWeights:
+    def mlp(
+        self, layer: int, dtype: torch.dtype = torch.float32, *, behind: bool = True
+    ) -> MlpWeights:
         """The MLP of a layer, its norms folded in; see :class:`MlpWeights`.
+
+        Args:
+            layer: The layer.
+            dtype: Type of what is given.
+            behind: Whether the gain of a norm behind the MLP is folded in too; without it what is
+                written is what that norm (:meth:`norm_at`) reads.
 
         Raises:
             SiteError: the layer does not exist, or the architecture does not name the MLP's maps
@@ -96,8 +111,8 @@ class Weights(StoredWeights):
 
         last = bias_of(self._in_block(layer, a.mlp_output_projection))
         gain = torch.ones_like(last, dtype=torch.float64)
-        if a.mlp_post_norm:
-            gain = self._gain_behind(layer, a.mlp_post_norm, a.d_model)
+        if behind and a.mlp_post_norm:
+            gain = self._gain_behind(Site("mlp_post", layer), a.d_model)
         return MlpWeights(
             *folded(a.mlp_input_projection, a.mlp_input_offset),
             self._in_block(layer, a.mlp_activation),

@@ -19,7 +19,7 @@ Made by `python docs/make_cli.py` from the commands' own help; do not edit by ha
 A flag of `trace` may also stand in the environment (`CIRCUITLAB_TOP=60`) or in a TOML file
 (`--config`): the command line comes first, then the environment, the file, the default. `--dry-run`
 shows each setting and where it is from. stdout has the result and nothing else; all else goes to
-stderr.
+stderr. What to do about an error: [errors](errors.md).
 
 | exit code | meaning |
 |---|---|
@@ -29,6 +29,7 @@ stderr.
 | 3 | a prompt, task or circuit file that cannot be used |
 | 4 | a model that cannot be had or is not understood |
 | 5 | memory, disk or permissions |
+| 6 | a host did not do what it was asked |
 | 7 | not good enough: a self-check, or `--fail-under` |
 | 8 | a plugin that was asked for failed |
 | 130, 143 | interrupted, terminated; with `--resume` the state is kept |

@@ -79,6 +79,7 @@ def lab(
 
     for name in [name for name in os.environ if name.startswith("CIRCUITLAB_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))  # plugins that are off
     # setenv before delenv: a value that the command sets is taken back at the end.
     for name in ("HF_HUB_OFFLINE", "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         monkeypatch.setenv(name, "")
@@ -119,7 +120,7 @@ def _fresh_plugins(patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def process_env(tmp_path: Path) -> dict[str, str]:
     """Environment of a real process: none of this one's settings, a home of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CIRCUITLAB_", "HF_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CIRCUITLAB_", "HF_", "XDG_"))}
     paths = [*map(str, (tmp_path / "site", ROOT, ROOT / "plugins")), kept.get("PYTHONPATH", "")]
     return kept | {
         "HOME": str(tmp_path),
@@ -141,7 +142,7 @@ def process(tmp_path: Path, process_env: dict[str, str]) -> Runner:
             env={**process_env, **(env or {})},
             cwd=tmp_path,
             capture_output=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
         return Done(done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -226,11 +226,7 @@ def data(circuit: CircuitGraph) -> dict[str, Any]:
 
 
 def assert_same(there: Outcome, here: Outcome) -> None:
-    """The same components, edges, texts and refusals; numbers within 1e-5 of the largest.
-
-    The slope at a border is what changes within 2^-11 of a walk, where one rounding of a float32
-    logit is 2e-4: 1e-4 of the largest.
-    """
+    """The same components, edges, texts and refusals; numbers within 1e-5 of the largest."""
     assert there.cell == here.cell
     assert there.refused == here.refused
     if there.found is None or here.found is None:
@@ -240,8 +236,7 @@ def assert_same(there: Outcome, here: Outcome) -> None:
     scale = max([1.0, *map(abs, numbers.values())])
     for key, value in here.found.items():
         if key in numbers:
-            close = 1e-4 if key.endswith("/slope") else 1e-5
-            assert there.found[key] == pytest.approx(value, abs=close * scale), key
+            assert there.found[key] == pytest.approx(value, abs=1e-5 * scale), key
         else:
             assert there.found[key] == value, key
 

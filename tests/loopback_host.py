@@ -38,17 +38,17 @@ class Loopback:
     def tell(self, **behaviour: Any) -> None:
         """Behave so from now on; everything not named as usual."""
         body = json.dumps({**USUAL, **behaviour}).encode()
-        urllib.request.urlopen(f"{self.url}/tell", body, timeout=60).close()
+        urllib.request.urlopen(f"{self.url}/tell", body, timeout=300).close()
 
     def log(self) -> list[dict[str, Any]]:
         """Every job that was ever sent: its id, envelope and headers."""
-        with urllib.request.urlopen(f"{self.url}/log", timeout=60) as reply:
+        with urllib.request.urlopen(f"{self.url}/log", timeout=300) as reply:
             found: list[dict[str, Any]] = json.load(reply)
         return found
 
     def payload(self, job: str) -> bytes:
         """What was sent with a job."""
-        with urllib.request.urlopen(f"{self.url}/blob/{job}", timeout=60) as reply:
+        with urllib.request.urlopen(f"{self.url}/blob/{job}", timeout=300) as reply:
             return bytes(reply.read())
 
 

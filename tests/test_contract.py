@@ -1,17 +1,35 @@
-"""The conformance kit: every installed analysis passes it, and every planted fault is caught."""
+"""The conformance kit: sound analyses pass it, and every planted fault is caught.
+
+That the built-in plugins pass it is shown where they are installed as a stranger's are.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
-from circuitlab import CircuitGraph, PluginError, Site, Task, TracedModel
+from circuitlab import (
+    CircuitGraph,
+    EncodedTask,
+    PluginError,
+    Site,
+    Task,
+    TracedModel,
+    edge_effects,
+)
+from circuitlab.options import read_options
 from circuitlab.registry import Registry
 from circuitlab.testing import check_analysis, planted_circuit, tiny_model, toy_task
+from circuitlab.testing.analyses import Trial
+from circuitlab.testing.clause import judge
+from circuitlab.testing.conduct import CONDUCT, other_value
+from circuitlab.wiring import Receiver
 
 
 def direct(model: TracedModel, task: Task, *, scale: float = 1.0) -> CircuitGraph:
@@ -26,24 +44,6 @@ def direct(model: TracedModel, task: Task, *, scale: float = 1.0) -> CircuitGrap
         circuit.add_component(name, kind="head", layer=site.layer, head=site.head)
         circuit.add_effect(name, "logits", scale * float(run[site][pairs.clean.mask].norm()))
     return circuit
-
-
-#: What an analysis has to be told, or takes long without.
-NEEDED: dict[str, dict[str, Any]] = {
-    "activation-plateaus": {"bank_size": 8, "steps": 11, "freeze": "heads"},
-    "head-circuits": {"head": "a1.h0"},
-}
-
-
-#: What needs files; tests of their own hold them to the contract.
-FED = {"feature-interactions"}
-
-
-@pytest.mark.parametrize("name", sorted(Registry.load().analyses.keys() - FED))
-def test_installed_analysis_keeps_the_contract(name: str) -> None:
-    """Every analysis that is installed passes, on padded prompts without a tokenizer."""
-    circuit = check_analysis(name, options=NEEDED.get(name))
-    assert circuit.number_of_edges() > 0
 
 
 def test_sound_analysis_passes() -> None:
@@ -164,6 +164,107 @@ def test_planted_fault_is_caught(fault: Callable[..., Any], message: str) -> Non
     with pytest.raises(AssertionError, match=message) as caught:
         check_analysis(fault)
     assert repr(fault.__name__) in str(caught.value)
+
+
+# --- conduct --------------------------------------------------------------------------------------
+
+
+def conduct(rule: str, function: Callable[..., Any], **settings: Any) -> str:
+    """What one rule says of an analysis; empty where it holds."""
+    trial = Trial("subject", function, **settings)
+    clause = judge(trial.label, rule, lambda: CONDUCT[rule](trial))
+    return "" if clause.verdict == "holds" else f"{clause.verdict}: {clause.reason}"
+
+
+def exact(model: TracedModel, task: Task, *, factor: float = 1.0) -> CircuitGraph:
+    """The exact effect of every edge, times a factor."""
+    effects = edge_effects(model, model.encode(task), model.wiring.edges).mean(1)
+    circuit = CircuitGraph()
+    for edge, effect in zip(model.wiring.edges, effects.tolist(), strict=True):
+        for name in (edge.source, edge.target):
+            component = model.wiring.component(name)
+            circuit.add_component(name, kind=component.kind, layer=component.layer)
+        circuit.add_effect(edge.source, edge.target, factor * effect, port=edge.port)
+    return circuit
+
+
+def scores_of_pairs(model: TracedModel, pairs: EncodedTask, **options: Any) -> Tensor:
+    """The same, of each pair."""
+    wiring = model.wiring
+    found = torch.zeros(len(pairs), len(wiring.sources), len(wiring.receivers))
+    for edge, effects in zip(wiring.edges, edge_effects(model, pairs, wiring.edges), strict=True):
+        column = wiring.receiver_columns[Receiver(edge.target, edge.port)]
+        found[:, wiring.source_rows[edge.source], column] = options["factor"] * effects
+    return found
+
+
+def test_pair_scores_are_held_to_their_mean() -> None:
+    """Scores of pairs whose mean is the circuit's hold, with options too; others are refused."""
+    rule = "its pair_scores have the circuit's scores as mean"
+    assert conduct(rule, exact, pair_scores=scores_of_pairs) == ""
+    assert conduct(rule, exact, pair_scores=scores_of_pairs, given={"factor": 2.0}) == ""
+    assert conduct(rule, exact) == "not checked: it offers no pair_scores"
+
+    def sums(model: TracedModel, pairs: EncodedTask, **options: Any) -> Tensor:
+        return scores_of_pairs(model, pairs, **options) * len(pairs)
+
+    def one(model: TracedModel, pairs: EncodedTask, **options: Any) -> Tensor:
+        return scores_of_pairs(model, pairs, **options)[:1]
+
+    assert "and the circuit" in conduct(rule, exact, pair_scores=sums)
+    assert "gives [1, 7, 15]; give a tensor [5, 7, 15]" in conduct(rule, exact, pair_scores=one)
+
+
+def test_planted_circuit_tells_right_from_wrong() -> None:
+    """Exact effects hold; part of them, words of another kind, and another edge are told apart."""
+    rule = "it finds the planted circuit"
+    assert conduct(rule, exact) == ""
+
+    def without(dropped: int, **words: str) -> Callable[..., CircuitGraph]:
+        def part(model: TracedModel, task: Task) -> CircuitGraph:
+            circuit = exact(model, task).top(len(planted_circuit()[2]) - dropped)
+            circuit.graph.update(words)
+            return circuit
+
+        return part
+
+    assert "not checked: it lists" in conduct(rule, without(1))
+    assert "not checked: its scores are of another kind: z" in conduct(rule, without(0, score="z"))
+
+    def wrong(model: TracedModel, task: Task) -> CircuitGraph:
+        circuit = exact(model, task)
+        weakest = list(circuit.effects())[-1]
+        circuit.edges[weakest[:3]]["score"] = 1.0
+        return circuit
+
+    assert "FAILS" in conduct(rule, wrong)
+
+
+def test_options_of_every_kind_get_another_value() -> None:
+    """What options are tried with is accepted by them, and is not their default."""
+
+    def every(
+        model: TracedModel,
+        task: Task,
+        *,
+        whole: int = 2,
+        real: float = 0.0,
+        word: Literal["a", "b"] = "a",
+        text: str = "x",
+        flag: bool = True,
+        path: Path | None = None,
+        size: int | Literal["auto"] = "auto",
+    ) -> CircuitGraph:
+        """Read all of them."""
+        return direct(model, task, scale=float(bool((whole, real, word, text, flag, path, size))))
+
+    options = read_options(every)
+    values = {option.name: other_value(option) for option in options}
+    for option in options:
+        assert option.accepts(values[option.name])
+        assert values[option.name] != option.default
+    assert values["size"] == 3
+    assert conduct("its options are heeded", every) == ""
 
 
 def test_unknown_analysis_is_refused() -> None:

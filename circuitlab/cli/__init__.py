@@ -78,10 +78,10 @@ def _failed(error: BaseException, *, debug: bool) -> int:
 
         traceback.print_exc()
     if isinstance(error, CircuitLabError):
-        screen.error(str(error))
+        screen.error(str(error), error.exit_code)
         return error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        screen.error("out of memory: use a smaller --batch-size, or a machine with more memory")
+        screen.error("out of memory: use a smaller --batch-size, or a machine with more memory", 5)
         return 5
     screen.error(
         f"a fault of CircuitLab itself: {type(error).__name__}: {error}; please report it, with "

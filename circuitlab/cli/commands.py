@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from circuitlab.cli import screen
+from circuitlab.cli.compare import compare
+from circuitlab.cli.evidence import evaluate, report
+from circuitlab.cli.flags import how_to_load, loading
+from circuitlab.cli.plugins import plugins
 from circuitlab.cli.runs import runs
 from circuitlab.cli.suggesting import Suggesting
 from circuitlab.errors import PluginError
@@ -57,17 +63,32 @@ Examples:
 """
 
 
+def _built_in_alone(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Have every registry of this process know only our own plugins; plugins are loaded later."""
+    if value:
+        os.environ["CIRCUITLAB_NO_PLUGINS"] = "1"
+        ctx.call_on_close(lambda: os.environ.pop("CIRCUITLAB_NO_PLUGINS", None))
+
+
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
 @click.version_option(package_name="circuitlab")
 @click.option("--no-color", is_flag=True, envvar="CIRCUITLAB_NO_COLOR", help="No escape sequences.")
 @click.option("--debug-traceback", is_flag=True, help="Show the traceback of an error.")
+@click.option(
+    "--no-plugins", is_flag=True, is_eager=True, expose_value=False, callback=_built_in_alone,
+    help="Load only the plugins that come with CircuitLab.",
+)  # fmt: skip
 def circuitlab(no_color: bool, debug_traceback: bool) -> None:
     """Find which components of a transformer do the work, and through which edges."""
     if no_color:
         screen.Screen.color = False
 
 
+circuitlab.add_command(plugins)
 circuitlab.add_command(runs)
+circuitlab.add_command(compare)
+circuitlab.add_command(evaluate)
+circuitlab.add_command(report)
 
 
 @circuitlab.command()
@@ -96,30 +117,6 @@ def render(circuit: Path, output: tuple[Path, ...], top: int | None) -> None:
 
 @circuitlab.group(invoke_without_command=True)
 @click.pass_context
-def plugins(ctx: click.Context) -> None:
-    """Show installed plugins, what they offer, and which are broken."""
-    if ctx.invoked_subcommand is None:
-        ctx.invoke(list_plugins)
-
-
-@plugins.command("list")
-def list_plugins() -> None:
-    """One row for each plugin."""
-    from circuitlab.cli.installed import load_registry
-
-    registry = load_registry()
-    rows = []
-    for info in registry.plugins.values():
-        offers = ", ".join(offer.partition(":")[2] for offer in info.offers)
-        hooks = "FAILED" if info.failure else ", ".join(info.hooks)
-        rows.append(
-            (info.name, f"{info.distribution} {info.version}", hooks, info.failure or offers)
-        )
-    screen.table(("plugin", "distribution", "hooks", "offers"), rows)
-
-
-@circuitlab.group(invoke_without_command=True)
-@click.pass_context
 def models(ctx: click.Context) -> None:
     """Show the bundled models; check or train one."""
     if ctx.invoked_subcommand is None:
@@ -135,14 +132,11 @@ def list_models() -> None:
     screen.table(("model", "weights", "shape", "what it does"), rows)
 
 
-@models.command("check")
+@models.command("check", params=loading())
 @click.argument("model")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--trust-remote-code", is_flag=True, help="Run code the model carries.")
-@click.option("--allow-pickle", is_flag=True, help="Read weights from a pickle.")
-def check_model(model: str, device: str, trust_remote_code: bool, allow_pickle: bool) -> None:
+def check_model(model: str, **values: Any) -> None:
     """Load MODEL and show its self-check."""
-    _show_checks(model, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    _show_checks(model, values)
 
 
 @models.command("train")
@@ -250,10 +244,14 @@ def validate_task(path: Path, model: str | None) -> None:
     screen.pairs("valid", values)
 
 
-@circuitlab.command()
+@circuitlab.command(params=loading())
 @click.argument("model", required=False)
-def doctor(model: str | None) -> None:
+def doctor(model: str | None, **flags: Any) -> None:
     """Show what is installed and whether it works; with MODEL, its self-check too."""
+    given = [name for name in flags if _on_command_line(name)]
+    if model is None and given:
+        flag = given[0].replace("_", "-")
+        raise click.UsageError(f"--{flag} says how a model is loaded, and no MODEL is given")
     from circuitlab.cli.installed import load_registry, versions
     from circuitlab.render import graphviz_version
 
@@ -269,19 +267,32 @@ def doctor(model: str | None) -> None:
     values["plugins"] = ", ".join(n for n, i in registry.plugins.items() if not i.failure)
     for info in registry.failed:
         values[f"plugin {info.name}"] = f"NOT LOADED: {info.failure}"
+    for info in registry.off.values():
+        values[f"plugin {info.name}"] = f"off: {info.off}"
     screen.pairs("CircuitLab", values)
     if model is not None:
-        _show_checks(model, "auto")
+        _show_checks(model, flags)
 
 
-def _show_checks(source: str, device: str, **allowed: Any) -> None:
+def _on_command_line(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
+
+
+def _show_checks(source: str, values: dict[str, Any]) -> None:
     """Load a model without refusing it, show every check, and fail when one does."""
+    settings = how_to_load(values)
     from circuitlab.checks import require, run_checks
     from circuitlab.cli.installed import load_registry
     from circuitlab.loading import load_unchecked
+    from circuitlab.progress import listening
 
-    with screen.quiet_stdout():
-        model, plain = load_unchecked(source, device=device, **allowed)
+    with (
+        screen.progress() as listener,
+        listening(listener, screen.warn),
+        screen.quiet_stdout(),
+    ):
+        model, plain = load_unchecked(source, **settings)
         checks = run_checks(model, plain)
     rows = [
         ("holds" if c.passed else "FAILS", c.name, f"{c.difference:.1e}", f"{c.tolerance:.1e}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import os
 import sys
 import tomllib
@@ -73,10 +74,22 @@ def running(default_model: str) -> list[click.Option]:
     return [
         option("-m", "--model", default=default_model, show_default=True,
                help="Bundled name, folder, or hub id."),
+        option("--seed", default=0, show_default=True, help="For what is drawn at random."),
+        *loading(),
+    ]  # fmt: skip
+
+
+def loading() -> list[click.Option]:
+    """The flags that say how a model is loaded."""
+    return [
         option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+        option("--device-map", metavar="WORD|FILE",
+               help="Spread the weights over devices: auto, balanced, sequential, or a JSON file "
+                    "with a device for each part. Needs accelerate."),
+        option("--offload", type=click.Path(path_type=Path), metavar="FOLDER",
+               help="Where weights go that fit into no memory; alone, --device-map is auto."),
         option("--dtype", type=click.Choice(("float32", "bfloat16", "float16", "float64")),
                default="float32", show_default=True, help="Type the weights are loaded in."),
-        option("--seed", default=0, show_default=True, help="For what is drawn at random."),
         option("--revision", help="Commit, branch or tag of a hub model."),
         option("--offline", is_flag=True, help="Never ask the hub."),
         option("--remote", is_flag=False, flag_value=NDIF, metavar="[HOST]",
@@ -113,32 +126,50 @@ def heed(values: dict[str, Any]) -> None:
 
 def load(values: dict[str, Any], registry: Registry, job_log: Path | None = None) -> TracedModel:
     """The model that the flags name; ids of remote jobs are kept in ``job_log``."""
-    if values["offline"]:
-        _go_offline()
-    remote = values["remote"]
-    if remote and values["offline"]:
-        raise OptionError("--remote asks a host, and --offline asks nobody; leave one of them out")
+    settings = how_to_load(values)
     screen.say(f"loading {values['model']} …")
     from circuitlab.loading import load_model
 
-    model = load_model(
-        values["model"],
-        device=values["device"],
-        dtype=values["dtype"],
-        revision=values["revision"],
-        trust_remote_code=values["trust_remote_code"],
-        allow_pickle=values["allow_pickle"],
-        remote=True if remote == NDIF else remote or False,
-        remote_key=values["remote_key"],
-        timeout=values["timeout"],
-        job_log=job_log,
-        registry=registry,
-    )
+    model = load_model(values["model"], **settings, job_log=job_log, registry=registry)
     if model.n_parameters < ONE_THREAD:
         importlib.import_module("torch").set_num_threads(1)
     revision = f" at {model.revision}" if model.revision else ""
     screen.say(f"{model!r}{revision}")
     return model
+
+
+def how_to_load(values: dict[str, Any]) -> dict[str, Any]:
+    """What the flags of :func:`loading` mean to ``load_model``; from now on the hub is not asked.
+
+    The latter where ``--offline`` says so.
+    """
+    remote = values["remote"]
+    if values["offline"]:
+        _go_offline()
+    if remote and values["offline"]:
+        raise OptionError("--remote asks a host, and --offline asks nobody; leave one of them out")
+    same = ("device", "dtype", "revision", "trust_remote_code", "allow_pickle", "offload",
+            "remote_key", "timeout")  # fmt: skip
+    return {
+        **{name: values[name] for name in same},
+        "device_map": _device_map(values["device_map"]),
+        "remote": True if remote == NDIF else remote or False,
+    }
+
+
+def _device_map(text: str | None) -> Any:
+    """A word, or what a JSON file holds."""
+    if text is None or not text.endswith(".json"):
+        return text
+    try:
+        found = json.loads(Path(text).read_text("utf-8"))
+    except OSError as error:
+        raise OptionError(f"--device-map {text!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise OptionError(f"--device-map {text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"--device-map {text!r} holds no object; give a device for each part")
+    return found
 
 
 def _go_offline() -> None:

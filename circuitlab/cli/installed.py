@@ -49,7 +49,7 @@ def warn_of_versions() -> None:
 def load_registry() -> Registry:
     """Every installed plugin and what it offers."""
     with screen.quiet_stdout():
-        return Registry.load()
+        return Registry.load(warn=screen.warn)
 
 
 def warn_of_broken(registry: Registry) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitlab.cli import screen
-from circuitlab.errors import OptionError
 from circuitlab.graph import effect_name
 from circuitlab.labels import counted
 
@@ -80,28 +78,6 @@ def metrics(circuit: CircuitGraph) -> dict[str, float | None]:
     if (check := circuit.graph.get("exact_check")) is not None:
         found["confirmed_share"] = check["confirmed_share"]
     return found
-
-
-def threshold(text: str) -> tuple[str, float]:
-    """``accuracy=0.9`` read as a name and a number.
-
-    Raises:
-        OptionError: it is not of that form, or names no metric of a result.
-    """
-    name, _, number = text.partition("=")
-    name = name.strip().replace("-", "_")
-    try:
-        least = float(number)
-    except ValueError:
-        least = math.nan
-    if not math.isfinite(least):
-        raise OptionError(f"--fail-under {text!r} is not NAME=NUMBER, as accuracy=0.9")
-    if name not in METRIC_NAMES:
-        raise OptionError(
-            f"--fail-under {text!r}: a result has no metric {name!r}; "
-            f"its metrics are {', '.join(METRIC_NAMES)}"
-        )
-    return name, least
 
 
 def _document(

@@ -33,12 +33,14 @@ class Place:
         shard: Which shard of how many; None for a whole run.
         folder: Of ``--run``.
         merging: Whether the shards are to be put together.
+        anew: Whether to begin anew, whatever is there.
     """
 
     state: Path | None
     shard: tuple[int, int] | None = None
     folder: RunFolder | None = None
     merging: bool = False
+    anew: bool = False
 
     def gather(self, state: StateFile) -> None:
         """Put the shards together, where that is asked for and not begun yet.
@@ -79,26 +81,40 @@ def place(values: dict[str, Any]) -> Place:
     if path is None:
         if asked is not None:
             raise OptionError(f"--shard {asked} needs a folder that all shards share; give --run")
-        return Place(values["resume"])
+        return Place(values["resume"], anew=_anew(values["resume"], values["force_new"]))
     if values["resume"] is not None:
         raise OptionError("--run keeps the state in its folder; leave --resume out")
     from circuitlab.runs import RunFolder
 
     if asked == MERGE:
+        if values["force_new"]:
+            raise OptionError("--shard merge does no work anew; give --force-new to a shard")
         folder = RunFolder(path)
         if folder.shards == 1:
             raise OptionError(f"run {str(path)!r} has no shards; circuitlab runs resume ends it")
         return Place(folder.state(), None, folder, merging=True)
     shard = None if asked is None else _shard(asked)
-    command = shlex.split(click.get_current_context().obj)[1:]
-    folder = RunFolder.begin(path, _without_place(command), shard[1] if shard else 1)
+    command = _without_place(shlex.split(click.get_current_context().obj)[1:])
+    folder = RunFolder.begin(path, command, shard[1] if shard else 1, anew=values["force_new"])
+    if folder.replaced:
+        screen.warn(f"run {str(path)!r} was another one, {folder.replaced}: begun anew")
     if shard is not None:
-        return Place(folder.state(shard[0]), shard, folder)
+        state = folder.state(shard[0])
+        return Place(state, shard, folder, anew=_anew(state, values["force_new"]))
     if folder.done:
         raise OptionError(
             f"run {str(path)!r} is done; name another folder, or circuitlab runs rm it"
         )
-    return Place(folder.state(), None, folder)
+    return Place(folder.state(), None, folder, anew=_anew(folder.state(), values["force_new"]))
+
+
+def _anew(state: Path | None, asked: bool) -> bool:
+    """Whether to begin anew; then no job that a host still has is taken up either."""
+    if asked and state is None:
+        raise OptionError("--force-new begins a kept run anew; name it with --resume or --run")
+    if asked and state is not None:
+        state.with_name(f"{state.name}.jobs").unlink(missing_ok=True)
+    return asked
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -110,10 +126,10 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _without_place(command: Sequence[str]) -> list[str]:
-    """A command line without the flags that name folder and shard."""
+    """A command line without the flags that name folder and shard, and which to begin anew."""
     kept, skip = [], False
     for word in command:
-        if not skip and word.partition("=")[0] not in ("--run", "--shard"):
+        if not skip and word.partition("=")[0] not in ("--run", "--shard", "--force-new"):
             kept.append(word)
         skip = not skip and word in ("--run", "--shard")
     return kept
@@ -121,7 +137,7 @@ def _without_place(command: Sequence[str]) -> list[str]:
 
 @click.group(cls=Suggesting, context_settings={"help_option_names": ["-h", "--help"]})
 def runs() -> None:
-    """Show, go on with, put together and remove runs that ``trace --run`` keeps in folders."""
+    """Show, go on with, put together and remove runs that trace --run keeps in folders."""
 
 
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))

@@ -51,9 +51,10 @@ def console(*, stderr: bool) -> Any:
     )
 
 
-def error(message: str) -> None:
-    """One line on stderr that says what went wrong."""
-    _line("error", message, "bold red")
+def error(message: str, code: int | None = None) -> None:
+    """One line on stderr that says what went wrong, and where the page of errors says more."""
+    more = "" if code is None else f" (more: docs/errors.md#exit-{code})"
+    _line("error", f"{message}{more}", "bold red")
 
 
 def warn(message: str) -> None:

@@ -51,12 +51,14 @@ def heeding_signals() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(path: Path | None, shard: tuple[int, int] | None = None) -> Iterator[StateFile]:
+def resumable(
+    path: Path | None, shard: tuple[int, int] | None = None, *, anew: bool = False
+) -> Iterator[StateFile]:
     """The state of a run, or of a shard, open; a signal inside adds a note on how to go on."""
     from circuitlab.checkpoint import StateFile
 
-    with StateFile(path, shard) as state:
-        if state.found and not state.complete:
+    with StateFile(path, shard, anew=anew) as state:
+        if state.found and not state.complete and not anew:
             screen.say(f"going on from {path} …")
         try:
             yield state

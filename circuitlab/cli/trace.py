@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from circuitlab.cli import flags, result, screen
+from circuitlab.cli import flags, result, screen, thresholds
 from circuitlab.cli.flags import option
 from circuitlab.cli.installed import load_registry, warn_of_broken, warn_of_versions
 from circuitlab.cli.runs import MERGE, place
 from circuitlab.cli.stopping import resumable, stoppable
 from circuitlab.cli.suggesting import Suggesting
-from circuitlab.errors import CircuitLabError, OptionError, QualityError
+from circuitlab.errors import CircuitLabError, OptionError
 from circuitlab.export import check_target, write_circuit
 from circuitlab.registry import DEFAULT_ANALYSIS, Analysis, Registry
 from circuitlab.shards import ShardDone, check_shards
@@ -151,6 +151,8 @@ def _common() -> list[click.Option]:
                help="Keep command and state of the run in this folder; go on from what is there."),
         option("--shard", metavar="I/N",
                help="Do only part I of N, in the folder of --run; merge puts the parts together."),
+        option("--force-new", is_flag=True, envvar=None,
+               help="Begin the kept run anew, whatever is in the file or folder."),
         option("--fail-under", multiple=True, metavar="NAME=X",
                help="Exit 7 when a metric of the result is below X."),
         *running,
@@ -167,7 +169,7 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
         flags.show_settings(analysis.name, "analysis")
         return
     # Everything that can be refused without loading a model is refused first.
-    thresholds = [result.threshold(text) for text in values["fail_under"]]
+    asked = thresholds.read(values["fail_under"], result.METRIC_NAMES)
     registry.check_annotators(values["annotate"])
     for path in values["output"]:
         check_target(path, registry.exporters)
@@ -180,7 +182,7 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
     where = place(values)
     values = {**values, "resume": where.state}
     # The state is there until the result is written: what took hours may meet a full disk.
-    with resumable(where.state, where.shard) as state:
+    with resumable(where.state, where.shard, anew=where.anew) as state:
         where.gather(state)
         with screen.progress() as listener, screen.quiet_stdout():
             circuit = _build(registry, analysis, task, values, state, listener)
@@ -194,13 +196,7 @@ def _trace(registry: Registry, analysis: Analysis, values: dict[str, Any]) -> No
     if (jobs := _job_log(values)) is not None:
         jobs.unlink(missing_ok=True)
     where.finish()
-    for name, least in thresholds:
-        found = result.metrics(circuit).get(name)
-        if found is None or found < least:
-            raise QualityError(
-                f"{name} is {'undefined' if found is None else f'{found:.4g}'}, below the "
-                f"{least:g} that --fail-under asks for"
-            )
+    thresholds.hold(asked, result.metrics(circuit).get)
 
 
 def _write(circuit: CircuitGraph, paths: Sequence[Path], registry: Registry) -> list[str]:
@@ -233,7 +229,7 @@ def _build(
 
     if state.complete:
         return None
-    with suppress(ShardDone), listening(stoppable(listener), screen.warn):
+    with suppress(ShardDone), listening(stoppable(listener), screen.warn, screen.say):
         model = flags.load(values, registry, _job_log(values))
         return build_circuit(
             model,

@@ -17,7 +17,7 @@ import httpx
 from circuitlab.errors import OptionError, RemoteError
 from circuitlab.labels import excerpt
 from circuitlab.progress import report, tell
-from circuitlab.remote.hosts import Host, check_address, find_host, on_this_machine
+from circuitlab.remote.hosts import Host, check_address, connected, find_host
 from circuitlab.remote.job_log import JobLog
 from circuitlab.remote.refusals import detail, failed, refused, said
 from circuitlab.remote.replies import read_result, read_status
@@ -228,7 +228,7 @@ class Client:
             left = max(1.0, end - time.monotonic())
             times = httpx.Timeout(CONNECT, read=min(ANSWER, left))
             try:
-                with httpx.Client(timeout=times, trust_env=not on_this_machine(url)) as client:
+                with connected(url, times) as client:
                     reply = client.request(method, url, **how)
                 self._answered = True
                 if reply.status_code not in _PASSING:

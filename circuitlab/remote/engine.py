@@ -99,13 +99,17 @@ class RemoteEngine:
         """Parameters and buffers of modules, by their path and then by their name."""
         return self.send([Shipment(None, [("weights", path) for path in paths])])[0]
 
-    def dtype(self) -> torch.dtype:
-        """The type the host has loaded the model in."""
-        found = self.send([Shipment(None, [("dtype",)])])[0].get("dtype")
-        dtype = getattr(torch, str(found).removeprefix("torch."), None)
+    def dtype_and_weights(
+        self, paths: Sequence[str]
+    ) -> tuple[torch.dtype, dict[str, dict[str, Tensor]]]:
+        """The type the host has loaded the model in, and weights; one round trip."""
+        plan: Plan = [("dtype",), *(("weights", path) for path in paths)]
+        found = self.send([Shipment(None, plan)])[0]
+        name = found.pop("dtype", None)
+        dtype = getattr(torch, str(name).removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
-            raise RemoteError(f"host {self.client.host.url} has a model of unknown type {found!r}")
-        return dtype
+            raise RemoteError(f"host {self.client.host.url} has a model of unknown type {name!r}")
+        return dtype, found
 
     def send(self, shipments: Sequence[Shipment]) -> list[dict[Any, Any]]:
         """What plans keep, in their order; in as few jobs as sizes allow.

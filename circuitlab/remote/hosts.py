@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import ssl
 from dataclasses import dataclass, field
+from functools import cache
 from urllib.parse import urlsplit
 
+import httpx
 import nnsight
 
 from circuitlab.errors import OptionError
@@ -100,6 +103,18 @@ def check_address(url: str) -> None:
             f"remote host '{shown}' is not https: whoever is on the way could read the key and "
             f"answer in its name; give an https address, or one of this machine"
         )
+
+
+@cache
+def _trusted(trust_env: bool) -> ssl.SSLContext:
+    """Certificates that are believed; reading them takes longer than many an answer."""
+    return httpx.create_ssl_context(trust_env=trust_env)
+
+
+def connected(url: str, timeout: httpx.Timeout | float) -> httpx.Client:
+    """A client for an address; one on this machine is not asked through a proxy."""
+    elsewhere = not on_this_machine(url)
+    return httpx.Client(timeout=timeout, trust_env=elsewhere, verify=_trusted(elsewhere))
 
 
 def on_this_machine(url: str) -> bool:

@@ -10,7 +10,7 @@ import httpx
 
 from circuitlab.errors import RemoteError
 from circuitlab.labels import excerpt
-from circuitlab.remote.hosts import Host, on_this_machine
+from circuitlab.remote.hosts import Host, connected
 
 _NOT_HOSTED = re.compile(
     r"not (deployed|hosted|running|available|found)|unavailable|could not deploy|unknown model",
@@ -83,7 +83,7 @@ def _not_hosted(host: Host, model_key: str, words: str) -> RemoteError:
 def _versions(host: Host) -> str:
     """What the host runs, if it says so."""
     try:
-        with httpx.Client(timeout=10.0, trust_env=not on_this_machine(host.url)) as client:
+        with connected(host.url, 10.0) as client:
             found = client.get(f"{host.url}/env").json()
         python = str(found["python_version"]).split()[0]
         return excerpt(f"nnsight {found['packages']['nnsight']} on Python {python}", 80)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,9 +62,6 @@ class RemoteModule(nn.Module):
 
     def __init__(self, skeleton: Any, architecture: Architecture, engine: RemoteEngine) -> None:
         super().__init__()
-        # Whoever asks for a module's type and device looks at its first weight.
-        empty = torch.empty(0, dtype=engine.dtype())
-        self.first = nn.Parameter(empty, requires_grad=False)
         self.skeleton = skeleton
         self.config = skeleton.config
         self._architecture = architecture
@@ -72,13 +69,24 @@ class RemoteModule(nn.Module):
         # Modules that hold weights themselves, and those that are here.
         self._holders = [name for name, part in skeleton.named_modules() if _own(part)]
         self._here: set[str] = set()
+        whole = sum(map(self._size, self._holders)) <= WHOLE
+        dtype, found = engine.dtype_and_weights(self._holders if whole else [])
+        # Whoever asks for a module's type and device looks at its first weight.
+        self.first = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        if whole:
+            self._take(self._holders, found)
 
     def forward(self, **inputs: Tensor) -> Logits:
         """Logits of all positions, as the host's model gives them when nothing is read."""
+        return Logits(self.begin(**inputs)())
+
+    def begin(self, **inputs: Tensor) -> Callable[[], Tensor]:
+        """The same, begun: the logits when they are called for."""
         plan: Plan = []
         mask = inputs["attention_mask"].bool()
         tokens = Tokens(inputs["input_ids"], mask, inputs["position_ids"])
-        return Logits(self._engine.start(Pass(tokens, plan, keep_all=True))().logits)
+        finish = self._engine.start(Pass(tokens, plan, keep_all=True))
+        return lambda: finish().logits
 
     def get_submodule(self, target: str) -> nn.Module:
         """A module of the model, its weights here."""
@@ -92,9 +100,7 @@ class RemoteModule(nn.Module):
         return [name for name in self._holders if name == path or name.startswith(f"{path}.")]
 
     def _together(self, path: str) -> list[str]:
-        """What is fetched with a module: all, or the same module of every block."""
-        if sum(map(self._size, self._holders)) <= WHOLE:
-            return self._holders
+        """What is fetched with a module: the same module of every block."""
         a = self._architecture
         paths = [path]
         prefix = f"{a.blocks}."
@@ -112,8 +118,10 @@ class RemoteModule(nn.Module):
                 if total > AT_ONCE:
                     break
                 part.append(name)
-        found = self._engine.weights(part)
-        for path in part:
+        self._take(part, self._engine.weights(part))
+
+    def _take(self, paths: Sequence[str], found: Mapping[str, Any]) -> None:
+        for path in paths:
             _fill(self.skeleton.get_submodule(path), path, found.get(path))
             self._here.add(path)
 

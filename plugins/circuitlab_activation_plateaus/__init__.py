@@ -210,7 +210,7 @@ def scan(
     threshold: Threshold = None,
     batch_size: Rows = "auto",
 ) -> Mapping[str, Any]:
-    """Steer by degrees, and write circuit and plots: ``trace injection-scan`` in one word."""
+    """Steer by degrees, and write circuit and plots: trace injection-scan in one word."""
     options = {name: value for name, value in locals().items() if name != "model"}
     from circuitlab_activation_plateaus.steering.scanning import scan as run
 

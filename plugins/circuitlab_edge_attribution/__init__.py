@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import circuitlab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from circuitlab import CircuitGraph, Task, TracedModel
+    from torch import Tensor
+
+    from circuitlab import CircuitGraph, EncodedTask, Task, TracedModel
 
 
 @circuitlab.hookimpl
-def register_analyses(register: Callable[[str, Callable[..., CircuitGraph]], None]) -> None:
+def register_analyses(register: Callable[..., None]) -> None:
     """Offer ``edge-attribution``."""
-    register("edge-attribution", edge_attribution)
+    register(
+        "edge-attribution",
+        edge_attribution,
+        shards={"ig_rule": ("midpoint", "left")},
+        pair_scores=scores_by_pair,
+    )
+
+
+def scores_by_pair(model: TracedModel, pairs: EncodedTask, **options: Any) -> Tensor:
+    """Scores of each pair, ``[n_pairs, n_sources, n_receivers]``; their mean are the analysis's."""
+    from circuitlab_edge_attribution.pair_scores import pair_scores
+
+    return pair_scores(model, pairs, **options)
 
 
 def edge_attribution(
@@ -55,12 +69,12 @@ def edge_attribution(
     circuitlab.check_cut(top, threshold)
     if verify < 0:
         raise circuitlab.OptionError(f"--verify {verify}: give how many edges to check, 0 for none")
-    pairs = model.encode(task)
-    size = None if batch_size == "auto" else batch_size
-    scored = edge_scores(
-        model, pairs, method=method, ig_steps=ig_steps, ig_rule=ig_rule, ablation=ablation,
-        batch_size=size,
-    )  # fmt: skip
+    pairs, size = model.encode(task), None if batch_size == "auto" else batch_size
+    with circuitlab.sharded():
+        scored = edge_scores(
+            model, pairs, method=method, ig_steps=ig_steps, ig_rule=ig_rule, ablation=ablation,
+            batch_size=size, stage="attribution",
+        )  # fmt: skip
     circuit = circuitlab.circuit_of(model.wiring, scored.scores, top=top, threshold=threshold)
     how = method if method == "eap" else f"{method}, {ig_steps} steps, {ig_rule}"
     circuit.graph.update(method=how, ablation=ablation)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from circuitlab import Ablation, Ablator, OptionError, Site, choose_batch_size, track
+from circuitlab import Ablation, Ablator, OptionError, Site, choose_batch_size
 from circuitlab_edge_attribution.ig_path import InputPath, walk
 from circuitlab_edge_attribution.jumps import Jump, locate, shares
+from circuitlab_edge_attribution.parts import cut_into_parts, sum_parts
 
 if TYPE_CHECKING:
     from circuitlab import EncodedTask, Run, TracedModel, Wiring
@@ -98,6 +99,7 @@ def edge_scores(
     ig_rule: Rule = "midpoint",
     ablation: Ablation = "counterfactual",
     batch_size: int | None = None,
+    stage: str | None = None,
 ) -> EdgeScores:
     """Score every edge of the model.
 
@@ -113,34 +115,52 @@ def edge_scores(
         ablation: What replaces a source's output: its output on the corrupt prompt, zero, or its
             mean over all clean prompts and real positions.
         batch_size: Pairs per pass; None chooses by memory.
+        stage: Name of the :class:`circuitlab.Checkpoint` that an interrupted run goes on from, and
+            whose parts shards share; None for none. Rule ``adaptive`` has none. In a shard of a
+            run, inside :func:`circuitlab.sharded`, scores are NaN.
 
     Raises:
         OptionError: ``ig_steps`` or ``batch_size`` is below 1, or rule ``adaptive`` with method
             ``eap`` or a type narrower than float32.
         NumericsError: an activation or gradient is not finite.
     """
+    check_path(model, method, ig_steps, ig_rule, batch_size)
+    wiring = model.wiring
+    size = choose_batch_size(model, pairs, batch_size)
+    alphas = path_points(method, ig_steps, ig_rule)
+    adaptive = ig_rule == "adaptive"
+    scorer = Scorer(model, Ablator(model, pairs, ablation, size), alphas, adaptive)
+    planned = choose_batch_size(model, pairs, batch_size, planned=True)
+    summed, effect, at_clean = sum_parts(
+        scorer, cut_into_parts(pairs, planned, scorer.total.numel()), size,
+        None if adaptive else stage, f"attributing {wiring.n_edges:,} edges",
+    )  # fmt: skip
+    scores = summed / len(pairs)
+    return EdgeScores(
+        scores,
+        Completeness(
+            effect=effect / len(pairs),
+            cuts=_cut_sums(wiring, scores, corrupt=ablation == "counterfactual"),
+            at_clean=at_clean / len(pairs),
+        ),
+        tuple(scorer.jumps) if ig_rule == "adaptive" else None,
+        scorer.unresolved,
+    )
+
+
+def check_path(
+    model: TracedModel, method: Method, ig_steps: int, ig_rule: Rule, batch_size: int | None
+) -> None:
+    """Refuse options of :func:`edge_scores` that do not fit.
+
+    Raises:
+        OptionError: names them.
+    """
     if ig_rule == "adaptive":
         _check_adaptive(model, method)
     for name, value in (("ig_steps", ig_steps), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; give 1 or more")
-    wiring = model.wiring
-    size = choose_batch_size(model, pairs, batch_size)
-    alphas = _alphas(ig_steps, ig_rule) if method == "eap-ig" else None
-    scorer = _Scorer(model, Ablator(model, pairs, ablation, size), alphas, ig_rule == "adaptive")
-    for batch in track(list(pairs.batches(size)), f"attributing {wiring.n_edges:,} edges"):
-        scorer.add(batch)
-    scores = scorer.total / len(pairs)
-    return EdgeScores(
-        scores,
-        Completeness(
-            effect=scorer.effect / len(pairs),
-            cuts=_cut_sums(wiring, scores, corrupt=ablation == "counterfactual"),
-            at_clean=scorer.at_clean / len(pairs),
-        ),
-        tuple(scorer.jumps) if ig_rule == "adaptive" else None,
-        scorer.unresolved,
-    )
 
 
 def _check_adaptive(model: TracedModel, method: Method) -> None:
@@ -156,7 +176,7 @@ def _check_adaptive(model: TracedModel, method: Method) -> None:
         )
 
 
-class _Scorer:
+class Scorer:
     """Scores batches with one method and one ablation."""
 
     def __init__(
@@ -201,6 +221,12 @@ class _Scorer:
                 self.total += self._scores(runs, difference) * share
         nearest = runs[-1].gradient(self.start).to(difference.dtype)
         self.at_clean += float((nearest * difference[0]).double().sum())
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """What was added since the last time, ``[n_sources, n_receivers]`` and ``[2]``."""
+        taken = self.total, self.total.new_tensor([self.effect, self.at_clean])
+        self.total, self.effect, self.at_clean = torch.zeros_like(self.total), 0.0, 0.0
+        return taken
 
     def _walk(self, path: InputPath) -> None:
         """Add scores with as many points of the path as it needs, and what jumps it has."""
@@ -265,7 +291,9 @@ def _cuts(wiring: Wiring) -> Iterator[tuple[str, int, int]]:
             yield f"resid_post.{block.layer - 1}", block.n_sources, block.receivers.start
 
 
-def _alphas(steps: int, rule: Rule) -> list[float]:
-    """Points between the ablated (0) and the clean (1) input."""
+def path_points(method: Method, steps: int, rule: Rule) -> list[float] | None:
+    """Points between the ablated (0) and the clean (1) input; None where there is no path."""
+    if method == "eap":
+        return None
     shift = 0.5 if rule == "midpoint" else 0.0
     return [(step + shift) / steps for step in range(steps)]

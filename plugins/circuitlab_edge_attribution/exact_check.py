@@ -97,7 +97,9 @@ def check(
         return None
     strata = draw(ranked, kept, verify)
     edges = [edge for stratum in strata for edge in stratum.drawn]
-    exact = edge_effects(model, pairs, edges, ablation=ablation, batch_size=batch_size).mean(1)
+    exact = edge_effects(
+        model, pairs, edges, ablation=ablation, batch_size=batch_size, stage="exact check"
+    ).mean(1)
     owners = [stratum for stratum in strata for _ in stratum.drawn]
     inside = {Edge(*effect[:3]) for effect in circuit.effects()}
     patched = [

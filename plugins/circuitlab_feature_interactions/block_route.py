@@ -151,7 +151,7 @@ class BlockRoute:
     def _through_mlp(self, target: Dictionary, chosen: Latents, mlp: MlpState) -> Tensor:
         """Gradient of target latents at what the MLP reads, ``[batch, slots, k_out, d]``."""
         part = self.block.mlp
-        back = gather_product(target.W_e.T, chosen.index, part.w_out_back)
+        back = part.at_hidden(mlp, target.W_e.T, chosen.index)
         back = mlp.at_maps(back * encoder_gain(target, chosen)[..., None])
         return part.norm.pull_back(mlp.normal, mlp.scale, back @ part.w_in_back)
 
@@ -217,13 +217,15 @@ def through_attention(
         Through keys and values ``[batch, slots, k_out, pos, k]``; and through the queries of
         the target's own position, ``[batch, slots, k_out, k]``.
     """
+    reading = part.behind.pull_back(state.behind.picked(targets.at), reading)
     gradient = part.by_head(reading @ part.output.T)
     pattern = targets.at(state.pattern.transpose(1, 2))  # [batch, slots, n_heads, pos]
     z, q = targets.at(state.z), targets.at(state.q)
-    # How far each key's score moves the target: A (v_j - z) . g
+    felt = targets.at(state.felt.transpose(1, 2))
+    # How far each key's q · k moves the target: A (v_j - z) . g, times the score's derivative
     moved = torch.einsum("bpha,btrha->btrhp", state.v, gradient)
     moved = moved - (z[:, :, None] * gradient).sum(-1)[..., None]
-    moved = moved * pattern[:, :, None] * part.score_scale
+    moved = moved * felt[:, :, None]
     queries, keys, values = _read_by_heads(part, state, sources)
     # What a source adds to a score is the same for all rows of a token.
     scores = torch.einsum("btha,bpkha->bthpk", q, keys)
@@ -239,11 +241,15 @@ def _read_by_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What sources add to queries, keys and values, ``[batch, pos, k, n_heads, d_head]`` each.
 
-    The norm takes out of a direction what points along the stream.
+    The norm takes out of a direction what points along the stream, and a norm behind what points
+    along the query or key.
     """
     taken = part.norm.along(state.normal, sources.directions)[..., None]
     added = (sources.ports - taken * state.ports[..., None, :]) / state.scale[..., None]
-    queries, keys, values = (part.by_head(one) for one in added.chunk(3, -1))
+    queries, keys, values = added.chunk(3, -1)
+    queries = part.q_norm.push(state.queries, queries)
+    keys = part.k_norm.push(state.keys, keys)
+    queries, keys, values = (part.by_head(one) for one in (queries, keys, values))
     return rotate(queries, state.turn), rotate(keys, state.turn), values
 
 

@@ -34,7 +34,7 @@ class MlpRoute:
 
     Raises:
         SiteError: its hidden layer is not told by the architecture.
-        ModelError: its norm is none that can be folded.
+        ModelError: a norm of it is none that can be folded.
     """
 
     def __init__(self, model: TracedModel, layer: int, dtype: torch.dtype) -> None:
@@ -85,7 +85,7 @@ class MlpRoute:
         every = find_latents(target, state.written)
         chosen, scale = sample_rows(every, rows, generator)
 
-        back = gather_product(target.W_e.T, chosen.index, self.mlp.w_out_back)
+        back = self.mlp.at_hidden(state, target.W_e.T, chosen.index)
         back = state.at_maps(back * encoder_gain(target, chosen)[..., None])
         ahead = gather_product(source.W_d, index, self.mlp.w_in)
         directions = functional.embedding(index, source.W_d)

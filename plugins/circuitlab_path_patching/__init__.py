@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import circuitlab
 from circuitlab_path_patching.search import acdc
@@ -11,7 +11,9 @@ from circuitlab_path_patching.search import acdc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from circuitlab import CircuitGraph, Task, TracedModel
+    from torch import Tensor
+
+    from circuitlab import CircuitGraph, EncodedTask, Task, TracedModel
 
 Both = Annotated[
     Literal["noise", "denoise", "both"],
@@ -26,11 +28,24 @@ Batch = Annotated[int | Literal["auto"], "pairs per pass"]
 @circuitlab.hookimpl
 def register_analyses(register: Callable[..., None]) -> None:
     """Offer ``path-patching``, ``acdc`` and three more."""
-    register("path-patching", path_patching, stream_only=True, shards={"scope": "edges"})
+    register(
+        "path-patching",
+        path_patching,
+        stream_only=True,
+        shards={"scope": "edges"},
+        pair_scores=scores_by_pair,
+    )
     register("acdc", acdc)
     register("token-ablation", token_ablation, stream_only=True)
     register("dose-response", dose_response, stream_only=True)
     register("subspace-patching", subspace_patching)
+
+
+def scores_by_pair(model: TracedModel, pairs: EncodedTask, **options: Any) -> Tensor:
+    """Effects of each edge on each pair, ``[n_pairs, n_sources, n_receivers]``, scope ``edges``."""
+    from circuitlab_path_patching.pair_scores import pair_scores
+
+    return pair_scores(model, pairs, **options)
 
 
 def path_patching(

@@ -132,7 +132,7 @@ def test_usage_errors_are_exit_2_and_say_the_nearest(
 
 @pytest.mark.parametrize(
     ("path", "code", "fact"),
-    [("x.foo", 2, "has no known suffix; give it one of .dot .graphml .json"),
+    [("x.foo", 2, "has no known suffix; give it one of .dot .gexf .graphml .html .json .mib.json"),
      (".json", 2, "has no known suffix"),
      ("nowhere/x.json", 5, "nowhere' does not exist; create it first"),
      ("folder.json", 5, "is not a file; choose another name"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import networkx
@@ -80,6 +81,7 @@ def test_provenance_says_where_the_circuit_came_from() -> None:
         "task": "toy",
         "task_digest": task.digest,
         "n_pairs": 5,
+        "pairs_digest": [pair.digest for pair in task.pairs],
         "seed": 5,
         "dtype": "float32",
         "device": "cpu",
@@ -121,9 +123,11 @@ def test_task_can_be_changed_at_the_door() -> None:
     uneven = Task("uneven", (*toy_task().pairs, PromptPair((1, 2), (3,), (4,), (5,))))
     with pytest.raises(TaskError, match="differ in length"):
         build_circuit(tiny_model(), uneven, **options)
+    uneven = replace(uneven, pairs=uneven.pairs[::-1])
     circuit = build_circuit(tiny_model(), uneven, align="drop", **options)
     assert circuit.graph["n_pairs"] == 5
-    assert any("pair 6: left out" in warning for warning in circuit.graph["warnings"])
+    assert circuit.graph["pairs_digest"] == [pair.digest for pair in uneven.pairs[1:]]
+    assert any("pair 1: left out" in warning for warning in circuit.graph["warnings"])
 
 
 def test_bundled_model_knows_its_task() -> None:
@@ -246,7 +250,8 @@ def test_a_task_may_be_left_out_where_none_is_needed() -> None:
     registry = registry_of(counting)
     alone = build_circuit(tiny_model(), None, "own", registry=registry)
     assert [score for *_, score in alone.effects()] == [0.0]
-    assert not {"task", "task_digest", "metric", "n_pairs", "baseline"} & alone.graph.keys()
+    of_a_task = {"task", "task_digest", "n_pairs", "pairs_digest", "metric", "baseline"}
+    assert not of_a_task & alone.graph.keys()
     given = build(counting)
     assert [score for *_, score in given.effects()] == [1.0]
     assert (given.graph["task"], given.graph["baseline"]["n_pairs"]) == ("toy", 5)

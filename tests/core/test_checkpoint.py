@@ -225,7 +225,7 @@ def test_state_of_other_settings_names_each_of_them(state: Path) -> None:
     assert str(caught.value) == (
         f"state '{state}' is of another run: seed was 0 and is 1, task was toy and is None, top "
         f"was None and is 4; go back to those settings, name another file, or delete this one to "
-        f"start again"
+        f"start again, as --force-new does"
     )
     assert state.read_bytes() == before
 

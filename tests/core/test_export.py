@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
 import networkx as nx
 import pytest
+from format_samples import planted
 
 from circuitlab.errors import GraphError, OptionError, PluginError, ResourceError
-from circuitlab.export import EXPORTERS, find_exporter, read_circuit, read_mib, write_circuit
+from circuitlab.export import EXPORTERS, find_exporter, read_circuit, write_circuit
 from circuitlab.graph import CircuitGraph
 from circuitlab.panels import TextTable
-from circuitlab.wiring import Wiring
 
 
 @pytest.fixture
 def circuit() -> CircuitGraph:
-    wiring = Wiring(2, 3)
-    graph = CircuitGraph(
-        model="tiny", n_layers=2, n_heads=3, d_model=24, parallel=False, options={"top": 4},
-        commit=None,
-    )  # fmt: skip
-    for name in ("input", "a0.h1", "m0", "a1.h2", "logits"):
-        component = wiring.component(name)
-        graph.add_component(name, kind=component.kind, layer=component.layer)
-    graph.nodes["a0.h1"]["score"] = -0.5
-    graph.add_effect("input", "a0.h1", -1.5, port="v")
-    graph.add_effect("a0.h1", "a1.h2", -0.1, port="k", scores=[1.0, None])
-    graph.add_effect("a0.h1", "a1.h2", 0.25, port="q")
-    graph.add_effect("m0", "a1.h2", 1e-7, port="q", kept=False)
-    graph.add_effect("a1.h2", "logits", -3.0)
-    return graph
-
-
-def effects(graph: CircuitGraph) -> list[tuple[str, str, str, float]]:
-    return list(graph.effects())
+    return planted()
 
 
 # --- choosing and writing -------------------------------------------------------------------------
@@ -203,127 +184,3 @@ def test_nan_score_is_refused_on_reading(name: str, circuit: CircuitGraph, tmp_p
     path.write_text(path.read_text().replace("-1.5", "NaN"))
     with pytest.raises(GraphError, match=r"NaN|nan"):
         read_circuit(path)
-
-
-# --- EAP-IG / MIB ---------------------------------------------------------------------------------
-
-
-def test_mib_document_has_every_node_and_edge(circuit: CircuitGraph, tmp_path: Path) -> None:
-    """All components of the model are listed, the circuit's are marked, scores keep their sign."""
-    write_circuit(circuit, tmp_path / "a.mib.json")
-    document = json.loads((tmp_path / "a.mib.json").read_text())
-    assert document["cfg"] == {
-        "n_layers": 2, "n_heads": 3, "parallel_attn_mlp": False, "d_model": 24,
-    }  # fmt: skip
-    assert list(document["nodes"]) == [*Wiring(2, 3).sources, "logits"]
-    assert document["nodes"]["a0.h1"] == {"in_graph": True, "score": -0.5}
-    # Its one edge was not kept.
-    assert document["nodes"]["m0"] == {"in_graph": False}
-    assert document["edges"] == {
-        "input->a0.h1<v>": {"score": -1.5, "in_graph": True},
-        "a0.h1->a1.h2<k>": {"score": -0.1, "in_graph": True},
-        "a0.h1->a1.h2<q>": {"score": 0.25, "in_graph": True},
-        "m0->a1.h2<q>": {"score": 1e-7, "in_graph": False},
-        "a1.h2->logits": {"score": -3.0, "in_graph": True},
-    }
-
-
-def test_mib_round_trip(circuit: CircuitGraph, tmp_path: Path) -> None:
-    """Effects, what is kept, and provenance come back."""
-    write_circuit(circuit, tmp_path / "a.mib.json")
-    back = read_circuit(tmp_path / "a.mib.json")
-    assert effects(back) == effects(circuit)
-    assert back.graph == circuit.graph
-    assert back.edges["m0", "a1.h2", "q"]["kept"] is False
-    assert back.nodes["a0.h1"] == {"kind": "head", "layer": 0, "score": -0.5}
-
-
-def test_file_of_eap_ig_is_read(tmp_path: Path) -> None:
-    """EAP-IG's own file, NaN for nodes without a score and edges without one, is understood."""
-    path = tmp_path / "theirs.mib.json"
-    document = {
-        "cfg": {"n_layers": 1, "n_heads": 1, "parallel_attn_mlp": True, "d_model": 8},
-        "nodes": {
-            "input": {"in_graph": True, "score": float("nan")},
-            "a0.h0": {"in_graph": True, "score": 0.5},
-            "m0": {"in_graph": False},
-            "logits": {"in_graph": True},
-        },
-        "edges": {
-            "input->a0.h0<q>": {"score": 0.25, "in_graph": True},
-            "a0.h0->logits": {"in_graph": True},
-            "input->logits": {"in_graph": False},
-            "m0->logits": {"score": 0.125, "in_graph": False},
-        },
-    }
-    path.write_text(json.dumps(document))
-    circuit = read_mib(path)
-    assert effects(circuit) == [
-        ("input", "a0.h0", "q", 0.25), ("m0", "logits", "", 0.125), ("a0.h0", "logits", "", 0.0),
-    ]  # fmt: skip
-    assert circuit.edges["a0.h0", "logits", ""]["scored"] is False
-    assert circuit.edges["m0", "logits", ""]["kept"] is False
-    assert circuit.nodes["a0.h0"]["score"] == 0.5
-    assert "score" not in circuit.nodes["input"]
-    assert circuit.graph["parallel"] is True
-    assert "as in the file" in circuit.graph["score"]
-
-
-@pytest.mark.parametrize(
-    ("edge", "fact"),
-    [
-        ("input->a0.h0", "port ''"),
-        ("input->m0<q>", "port 'q'"),
-        ("m0->a0.h0<q>", "does not read"),
-        ("a0.h0->input", "does not read"),
-        ("a9.h9->logits", "does not exist"),
-        ("nonsense", "not of the form"),
-    ],
-)
-def test_impossible_edge_is_refused(edge: str, fact: str, tmp_path: Path) -> None:
-    """An edge the model cannot have is named with what is wrong with it."""
-    cfg = {"n_layers": 1, "n_heads": 1, "parallel_attn_mlp": False, "d_model": 8}
-    document = {"cfg": cfg, "nodes": {}, "edges": {edge: {"score": 1.0, "in_graph": True}}}
-    (tmp_path / "a.mib.json").write_text(json.dumps(document))
-    with pytest.raises(GraphError, match=fact):
-        read_circuit(tmp_path / "a.mib.json")
-
-
-@pytest.mark.parametrize("parallel", [False, True])
-def test_every_edge_of_a_model_is_legal(parallel: bool, tmp_path: Path) -> None:
-    """The check of edges passes exactly the edges of the residual graph."""
-    wiring = Wiring(3, 2, parallel)
-    circuit = CircuitGraph(n_layers=3, n_heads=2, d_model=8, parallel=parallel)
-    for name in (*wiring.sources, "logits"):
-        component = wiring.component(name)
-        circuit.add_component(name, kind=component.kind, layer=component.layer)
-    for source, target, port in wiring.edges:
-        circuit.add_effect(source, target, 0.5, port=port)
-    write_circuit(circuit, tmp_path / "a.mib.json")
-    assert read_circuit(tmp_path / "a.mib.json").number_of_edges() == wiring.n_edges
-    circuit.add_effect("m1", "a1.h0", 0.5, port="q")
-    with pytest.raises(GraphError, match="does not read m1"):
-        write_circuit(circuit, tmp_path / "b.mib.json")
-
-
-def test_mib_needs_the_model_sizes(circuit: CircuitGraph, tmp_path: Path) -> None:
-    """A circuit that does not know its model's sizes is refused by name of what is missing."""
-    del circuit.graph["d_model"]
-    with pytest.raises(GraphError, match="d_model is None"):
-        write_circuit(circuit, tmp_path / "a.mib.json")
-
-
-# --- GraphML --------------------------------------------------------------------------------------
-
-
-def test_graphml_round_trip(circuit: CircuitGraph, tmp_path: Path) -> None:
-    """Every effect comes back with its port and score; None, lists and dicts are JSON text."""
-    circuit.add_component("bell\x07 <b>&", kind="feature", layer=1, tags=["a", None])
-    write_circuit(circuit, tmp_path / "a.graphml")
-    back = nx.read_graphml(tmp_path / "a.graphml", force_multigraph=True)
-    found = {(s, t, d["port"], d["score"]) for s, t, d in back.edges(data=True)}
-    assert found == set(effects(circuit))
-    assert json.loads(back.nodes["bell\\u{7} <b>&"]["tags"]) == ["a", None]
-    assert json.loads(back.graph["options"]) == {"top": 4}
-    assert back.graph["commit"] == "null"
-    assert back.nodes["a0.h1"]["layer"] == 0

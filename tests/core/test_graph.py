@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from circuitlab import CircuitGraph, GraphError
-from circuitlab.graph import effect_name
+from circuitlab.graph import LARGEST_SCORE, effect_name
 
 
 def small() -> CircuitGraph:
@@ -140,7 +140,7 @@ values = st.recursive(
     components=st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=2, unique=True
     ),
-    scores=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=12),
+    scores=st.lists(st.floats(-LARGEST_SCORE, LARGEST_SCORE), max_size=12),
     extra=values,
 )
 def test_json_round_trip(components: list[str], scores: list[float], extra: Any) -> None:

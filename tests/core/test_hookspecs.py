@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ WEAK: dict[str, Any] = {"allow_weak": True}
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     for name in ("CIRCUITLAB_PLUGINS", "CIRCUITLAB_STRICT_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -66,10 +68,14 @@ def test_hook_register_analyses() -> None:
     class Plugin:
         @hookimpl
         def register_analyses(self, register: Callable[..., None]) -> None:
-            register("one-head", one_head)
+            register("one-head", one_head, pair_scores=sizes_of_pairs)
+
+    def sizes_of_pairs(model: TracedModel, pairs: Any, **options: Any) -> Tensor:
+        return torch.zeros(1)
 
     registry = installed_and(Plugin())
     analysis = registry.analysis("one-head")
+    assert analysis.pair_scores is sizes_of_pairs
     assert (analysis.plugin, analysis.summary) == ("own", "One head that matters.")
     assert [option.name for option in analysis.options] == ["size"]
     circuit = build_circuit(tiny_model(), toy_task(), "one-head", size=3, registry=registry, **WEAK)
@@ -190,7 +196,19 @@ def test_hook_register_commands() -> None:
         run_command(command, tiny_model(), {"off": "heads"})
 
 
-@pytest.mark.parametrize("name", ["", "model sizes now", "Model sizes", "models sizes", "render"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "model sizes now",
+        "Model sizes",
+        "models sizes",
+        "render",
+        "evaluate x",
+        "report",
+        "compare",
+    ],
+)
 def test_a_command_that_cannot_be_called_is_refused(name: str) -> None:
     """A command has one or two kebab-case words, the first of them none of CircuitLab's own."""
     registry = Registry.load()
@@ -259,6 +277,9 @@ def test_core_families_come_last() -> None:
     class Renamed:
         @hookimpl
         def adapt_architecture(self, config: Any) -> Any:
-            return "mine" if config.model_type == "gpt2" else None
+            return replace(known, family="mine") if config.model_type == "gpt2" else None
 
-    assert installed_and(Renamed()).adapt(tiny_model()._module.config) == "mine"
+    model = tiny_model()
+    known = model.architecture
+    found = installed_and(Renamed()).adapt(model._module.config)
+    assert (known.family, found and found.family) == ("GPT-2", "mine")

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from circuitlab import (
+    Architecture,
     CircuitGraph,
     PluginError,
+    Projection,
     PromptPair,
     Task,
     TaskError,
@@ -25,7 +27,8 @@ TASK = Task("own", (PromptPair((1,), (2,), (3,), (4,)),))
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     for name in ("CIRCUITLAB_PLUGINS", "CIRCUITLAB_STRICT_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -79,10 +82,16 @@ class Annotator:
 class Family:
     @hookimpl
     def adapt_architecture(self, config: Any) -> Any:
-        return "mine" if config is CONFIG else None
+        return MINE if config is CONFIG else None
 
 
 CONFIG: Any = object()
+#: Paths are not looked at before a model is loaded.
+MINE = Architecture(
+    *("mine", 1, 1, 4, 4, 8, "embed", "blocks", "norm", "norm", "attention"),
+    *(Projection("q", 0, 4), Projection("k", 0, 4), Projection("v", 0, 4)),
+    *("output", "norm", "mlp"),
+)
 
 
 def info(name: str, distribution: str = "circuitlab-own") -> PluginInfo:
@@ -143,7 +152,7 @@ def test_broken_plugin_harms_no_other(plugin: object, reason: str) -> None:
     assert reason in str(failed.failure)
     assert "\n" not in failed.warning
     assert "plugin 'plugin-1' (circuitlab-own 0.1) is left out" in failed.warning
-    assert registry.adapt(CONFIG) == "mine"
+    assert registry.adapt(CONFIG) is MINE
 
 
 def test_hook_that_raises_later() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +139,16 @@ def test_digest_tells_tasks_apart_and_outlives_the_process() -> None:
         Task("ioi", (PromptPair(PAIR.corrupt, PAIR.clean, PAIR.answers, PAIR.wrong_answers),)),
     ]
     assert len({task.digest, *(other.digest for other in others)}) == 5
+
+
+def test_digest_of_a_pair_is_of_its_canonical_json() -> None:
+    """It can be computed by anyone from the pair alone, and changes with any part of the pair."""
+    pair = PromptPair((1, 2), (3, 2), (4,), (5, 6))
+    written = b'{"answers":[4],"clean":[1,2],"corrupt":[3,2],"wrong_answers":[5,6]}'
+    assert pair.digest == hashlib.sha256(written).hexdigest()[:12]
+    changed = {"clean": (9, 2), "corrupt": (9, 2), "answers": (9,), "wrong_answers": (5, 9)}
+    others = [replace(pair, **{key: value}) for key, value in changed.items()]
+    assert len({pair.digest, *(other.digest for other in others)}) == 5
 
 
 def test_to_json_is_plain_json() -> None:

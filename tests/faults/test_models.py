@@ -236,7 +236,7 @@ def test_row_32_a_hub_that_cannot_be_reached_is_no_hang(process: Callable[..., A
         started = time.monotonic()
         done = process("models", "check", "someone/some-model", env=_hub(port))
     assert "huggingface-cli download someone/some-model" in refused(done)
-    assert time.monotonic() - started < 30  # most of it is importing torch on a busy machine
+    assert time.monotonic() - started < 120  # most of it is importing torch on a busy machine
 
 
 def _bound(connection: socket.socket, port: int) -> bool:

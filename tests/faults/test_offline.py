@@ -56,7 +56,7 @@ def alone(
         return subprocess.run(
             [*(space if allowed else []), sys.executable, "-m", "circuitlab", *map(str, arguments)],
             env={**process_env, "HF_HOME": str(tmp_path / "hub"), **env}, cwd=tmp_path,
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
 
     return run

@@ -159,7 +159,7 @@ def test_row_52_help_shows_what_works_and_warns_of_the_rest(
     assert len(warnings) == len(AT_LOAD)
     for name, warning in zip(sorted(AT_LOAD), warnings, strict=True):
         assert warning.startswith(f"warning: plugin {name!r} (circuitlab-{name} 0.3) is left out: ")
-        assert "uninstall it, or list the plugins you want in CIRCUITLAB_PLUGINS" in warning
+        assert f"uninstall it, or `circuitlab plugins disable {name}`" in warning
 
 
 def test_row_52_another_analysis_runs_beside_broken_plugins(

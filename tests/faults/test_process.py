@@ -37,7 +37,7 @@ def test_row_37_38_signals_end_a_run_with_their_code(
         said = running.stderr.readline()
         time.sleep(0.3)
         running.send_signal(number)
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate(timeout=300)
     assert "training ioi-mini" in said
     assert running.returncode == code
     assert out == ""
@@ -63,7 +63,7 @@ def test_row_44_a_closed_stdout_is_a_silent_stop(
         done = subprocess.run(
             [sys.executable, "-m", "circuitlab", *command],
             env=process_env, cwd=tmp_path, stdout=writer,
-            stderr=subprocess.STDOUT if both else subprocess.PIPE, check=False, timeout=60,
+            stderr=subprocess.STDOUT if both else subprocess.PIPE, check=False, timeout=300,
         )  # fmt: skip
     finally:
         os.close(writer)
@@ -80,7 +80,7 @@ def test_row_44_an_error_that_nobody_reads_is_silent_too(
     done = subprocess.run(
         [sys.executable, "-m", "circuitlab", "tasks", "show", "nothing"],
         env=process_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=writer, check=False,
-        timeout=60,
+        timeout=300,
     )  # fmt: skip
     os.close(writer)
     assert done.returncode == 141
@@ -92,7 +92,7 @@ def test_row_44_an_error_that_nobody_reads_is_silent_too(
 FAILURES = {
     "import os; os.abort()": "Graphviz failed",
     "raise ImportError('no library')": "Graphviz failed",
-    "import time; time.sleep(60)": "Graphviz did not answer in 0.5 s",
+    "import time; time.sleep(600)": "Graphviz did not answer in 0.5 s",
     "import sys; print('nonsense'); sys.exit(0)": "Graphviz gave no usable layout",
 }
 
@@ -105,7 +105,8 @@ def broken_graphviz(
     (site / "pygraphviz.py").write_text(request.param, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(site))
     monkeypatch.setenv("PATH", str(site))
-    monkeypatch.setattr("circuitlab.render.BUDGET", 0.5)
+    # What answers is given the time that a busy machine takes.
+    monkeypatch.setattr("circuitlab.render.BUDGET", 0.5 if "sleep" in request.param else 300.0)
     return FAILURES[request.param]
 
 
@@ -123,7 +124,7 @@ def test_row_46_a_failing_graphviz_gives_the_built_in_layout(
     assert done.err.rstrip().endswith("the built-in layout was used")
     shown = "".join(ET.parse("c.svg").getroot().itertext())
     assert "a0.h1" in shown
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300
 
 
 @pytest.mark.parametrize("broken_graphviz", ["import os; os.abort()"], indirect=True)

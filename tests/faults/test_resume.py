@@ -352,13 +352,13 @@ def test_row_42_a_second_run_with_the_same_file_is_refused(
         env={**process_env, "FAULT": "4 kept WAIT"}, cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as first:  # fmt: skip
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not (tmp_path / "waiting").exists() and time.monotonic() < until:
             time.sleep(0.05)
         second = lab(*command)
         other = lab(*command[:-3], "d.json", "--resume", "other.state")
         (tmp_path / "go-on").touch()
-        first.communicate(timeout=60)
+        first.communicate(timeout=300)
     assert (second.code, second.out) == (2, "")
     owner = f"process {first.pid} on {socket.gethostname()}"
     assert f"state '{tmp_path / 'run.state'}' is in use by {owner}; wait for it" in second.err

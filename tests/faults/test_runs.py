@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from circuitlab import Checkpoint, checkpoint
 from circuitlab.checkpoint import StateFile
 
 Lab = Callable[..., Any]
@@ -45,12 +46,28 @@ def register_tasks(register):
 """
 
 
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the killer changes in this process is changed back."""
+    monkeypatch.setattr(checkpoint, "EVERY", checkpoint.EVERY)
+    monkeypatch.setattr(Checkpoint, "keep", Checkpoint.keep)
+
+
 @pytest.fixture
 def command(ids_model: Path, ids_task: Path) -> tuple[str | Path, ...]:
     """A command that patches each edge alone, both ways, and writes ``c.json``."""
     return (
         "trace", "path-patching", "--model", ids_model, "--task-file", ids_task, "--allow-weak",
         "--top", "all", "--batch-size", "1", "--output", "c.json",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def gradients(ids_model: Path, ids_task: Path) -> tuple[str | Path, ...]:
+    """A command that scores edges by gradients, pair by pair, and writes ``c.json``."""
+    return (
+        "trace", "edge-attribution", "--model", ids_model, "--task-file", ids_task, "--allow-weak",
+        "--top", "all", "--batch-size", "1", "--verify", "5", "--output", "c.json",
     )  # fmt: skip
 
 
@@ -115,6 +132,30 @@ def test_four_shards_of_which_one_is_killed_are_one_run(
     assert not (tmp_path / "r").exists()
 
 
+def test_shards_of_gradient_scores_are_one_run(
+    gradients: tuple[Any, ...], install: Any, process: Lab, lab: Lab, tmp_path: Path
+) -> None:
+    """Four shards of prompt pairs, one killed and resumed, merged: the bytes of one run.
+
+    The exact check, which looks at all scores, is made once, when they are put together.
+    """
+    install("circuitlab-killer", "killer", KILLER)
+    assert lab(*gradients).code == 0
+    straight = circuit(tmp_path)
+    (tmp_path / "parts.log").unlink()
+    for number in (1, 2, 4):
+        assert lab(*gradients, "--run", "r", "--shard", f"{number}/4").code == 0
+    assert set(_lines(tmp_path)) == {"attribution"}
+    killed = process(*gradients, "--run", "r", "--shard", "3/4", env={"KILL": "1", "BY": "SIGKILL"})
+    assert killed.code == -signal.SIGKILL
+    assert states(lab) == ["done", "done", "stopped", "done"]
+    assert lab("runs", "merge", "r").code == 3
+    assert lab("runs", "resume", "r").code == 0
+    assert lab("runs", "merge", "r").code == 0
+    assert circuit(tmp_path) == straight
+    assert set(_lines(tmp_path)) == {"attribution", "exact check"}
+
+
 def _lines(folder: Path) -> list[str]:
     return (folder / "parts.log").read_text().splitlines()
 
@@ -162,6 +203,34 @@ def test_row_43_shards_of_other_settings_are_refused(command: tuple[Any, ...], l
     done = lab("runs", "merge", "r")
     assert done.code == 3
     assert "shard 2 of 2 is of another run than shard 1: seed was 0 and is 4" in done.err
+
+
+def test_row_43_force_new_replaces_a_run_or_a_shard(
+    straight: str, command: tuple[Any, ...], lab: Lab, tmp_path: Path
+) -> None:
+    """Another run's folder is emptied, and that is said; of the same run only this shard is new.
+
+    The command that is kept does not force anything when it is resumed.
+    """
+    assert lab(*command, "--seed", "4", "--run", "r", "--shard", "1/2").code == 0
+    new = lab(*command, "--run", "r", "--shard", "1/2", "--force-new")
+    assert new.code == 0
+    assert "warning: run 'r' was another one, command was [" in new.err
+    assert lab(*command, "--run", "r", "--shard", "2/2").code == 0
+    again = lab(*command, "--run", "r", "--shard", "2/2", "--force-new")
+    assert (again.code, "loading" in again.err) == (0, True)
+    assert "of the same settings, is not gone on with: begun anew" in again.err
+    assert states(lab) == ["done", "done"]
+    assert "force-new" not in lab("runs", "show", "r").out
+    refused = lab(*command, "--run", "r", "--shard", "merge", "--force-new")
+    assert (refused.code, "--shard merge does no work anew" in refused.err) == (2, True)
+    assert lab("runs", "merge", "r").code == 0
+    assert circuit(tmp_path) == straight
+    whole = (*command, "--run", "w")
+    assert lab(*whole).code == 0
+    assert lab(*whole).code == 2
+    assert lab(*whole, "--force-new").code == 0
+    assert circuit(tmp_path) == straight
 
 
 def test_row_41_a_damaged_shard_is_refused(
@@ -221,11 +290,14 @@ def test_flags_that_do_not_fit(
 
 def test_what_cannot_be_split_is_refused(ids_model: Path, ids_task: Path, lab: Lab) -> None:
     """An analysis that does not say it can be split is not: exit 2, and which ones can."""
-    done = lab("trace", "--model", ids_model, "--task-file", ids_task, "--run", "r",
-               "--shard", "1/2")  # fmt: skip
+    on = ("--model", ids_model, "--task-file", ids_task, "--run", "r", "--shard", "1/2")
+    done = lab("trace", "attention-heads", *on)
     assert done.code == 2
-    assert "analysis 'edge-attribution' cannot be split into shards" in done.err
-    assert "path-patching" in done.err
+    assert "analysis 'attention-heads' cannot be split into shards" in done.err
+    assert "edge-attribution, path-patching" in done.err
+    done = lab("trace", "edge-attribution", *on, "--ig-rule", "adaptive")
+    assert (done.code, "loading" in done.err) == (2, False)
+    assert "with --ig-rule midpoint or left, not with adaptive" in done.err
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def test_a_model_that_does_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     """A route that does not compute what the model does is refused when it is made."""
     _, model, _ = model_and_route()
     weights = model.weights.mlp(1, F64)
-    monkeypatch.setattr(type(model.weights), "mlp", lambda *_: weights)
+    monkeypatch.setattr(type(model.weights), "mlp", lambda *_, **__: weights)
     pair = make_pair("mlp", 0, model)
     with pytest.raises(ModelError, match=r"mlp_in\.0 to mlp_out\.0"):
         make_route(model, pair)

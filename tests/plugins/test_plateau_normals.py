@@ -86,7 +86,7 @@ def test_normals_are_those_of_the_hyperplanes() -> None:
     expected = torch.stack([(b - a) * stairs.normal(min(a, b)) for a, b in both])
     torch.testing.assert_close(facing.normals, expected, atol=1e-5, rtol=0)
     speeds = torch.tensor([abs(PLACES[b] - PLACES[a]) for a, b in PAIRS]).double()[found.rows]
-    torch.testing.assert_close(facing.slope, speeds * stairs.slope(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(facing.slope, speeds * stairs.slope(), rtol=1e-5, atol=0)
     torch.testing.assert_close(facing.share, torch.ones(len(found)).double(), rtol=1e-3, atol=0)
     assert facing.known.all()
 
@@ -177,7 +177,7 @@ def test_walks_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     small = walkers(stairs, PAIRS)
     again = face(regions, crossed(small)[1], small)
     torch.testing.assert_close(again.normals, whole.normals)
-    torch.testing.assert_close(again.slope, whole.slope, rtol=1e-4, atol=0)
+    torch.testing.assert_close(again.slope, whole.slope, rtol=1e-5, atol=0)
 
 
 def test_no_crossing() -> None:

@@ -27,7 +27,7 @@ def arguments(host: Loopback, folders: dict[str, Path], task: Path) -> list[str]
     return [
         *("trace", "--model", str(folders["test/ids"]), "--task-file", str(task)),
         *("--remote", host.url, "--remote-key", "test/ids", "--allow-weak"),
-        *("--verify", "4", "--timeout", "60"),
+        *("--verify", "4", "--timeout", "600"),
     ]
 
 
@@ -104,6 +104,34 @@ def test_usage_errors(lab: Runner, folders: dict[str, Path]) -> None:
     assert "leave one of them out" in both.err
 
 
+@pytest.mark.parametrize("command", [("models", "check"), ("doctor",)])
+def test_checks_on_a_host(
+    command: tuple[str, ...], host: Loopback, folders: dict[str, Path], lab: Runner
+) -> None:
+    """``models check`` and ``doctor`` show the self-check of the host's model, in three jobs.
+
+    A host that does not have it is exit 6; flags that would do nothing are exit 2.
+    """
+    model, before = str(folders["test/llama"]), len(host.log())
+    done = lab(*command, model, "--remote", host.url, "--remote-key", "test/llama")
+    assert done.code == 0
+    assert len(host.log()) - before == 3
+    rows = [line.split("\t") for line in done.out.splitlines() if line.count("\t") == 3]
+    assert len(rows) > 10
+    assert {row[0] for row in rows[1:]} == {"holds"}
+    elsewhere = lab(*command, model, "--remote", host.url, "--remote-key", "test/nowhere")
+    assert (elsewhere.code, "does not have model" in elsewhere.err) == (6, True)
+    device = lab(*command, model, "--remote", host.url, "--device", "cpu")
+    assert (device.code, "the device and type its host gave it" in device.err) == (2, True)
+
+
+def test_doctor_has_a_model_for_its_flags(lab: Runner) -> None:
+    """How a model is loaded is said together with which one."""
+    done = lab("doctor", "--remote")
+    assert done.code == 2
+    assert "--remote says how a model is loaded, and no MODEL is given" in done.err
+
+
 def test_interrupted_run_takes_its_job_up(
     host: Loopback,
     folders: dict[str, Path],
@@ -124,11 +152,11 @@ def test_interrupted_run_takes_its_job_up(
         env=process_env, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     jobs = tmp_path / "state.jobs"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (jobs.exists() and jobs.read_text().count("\n")) and time.monotonic() < end:
         time.sleep(0.05)
     os.kill(running.pid, signal.SIGTERM)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=300)
     assert running.returncode == 143
     assert "resume with: circuitlab trace" in said
     waiting = json.loads(jobs.read_text().splitlines()[0])["job"]

@@ -155,7 +155,7 @@ def test_queue_position_and_timeout(
 ) -> None:
     """The place in the queue is told as progress; in the end time is over, and that is said."""
     monkeypatch.setattr("circuitlab.remote.client.QUIET", 0.0)
-    model = on_host("test/ids", timeout=20.0)
+    model = on_host("test/ids", timeout=600.0)
     engine: Any = model._engine
     engine.client.timeout = 0.5
     host.tell(stall=1_000_000)
@@ -200,7 +200,7 @@ def test_failing_within_the_self_check(
     run = Client.run
 
     def fails_later(client: Client, *work: Any) -> Any:
-        if client.jobs == 4:
+        if client.jobs == 2:
             host.tell(least_version="99")
         return run(client, *work)
 
@@ -227,7 +227,7 @@ def test_results_that_are_none(
     engine: Any = far_ids._engine
     monkeypatch.setattr("circuitlab.remote.client.Client.run", lambda *_: {"results": [{}]})
     with pytest.raises(RemoteError, match="unknown type"):
-        engine.dtype()
+        engine.dtype_and_weights([])
 
 
 def test_job_is_taken_up(host: Loopback, on_host: Loader, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_job_is_taken_up(host: Loopback, on_host: Loader, tmp_path: Path) -> Non
     found: list[int] = []
 
     def look() -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 120
         while time.monotonic() < end and len(found) < 1:
             if len(log.read_text().splitlines()) > lines:
                 found.append(len(log.read_text().splitlines()))
@@ -271,7 +271,7 @@ def test_old_or_damaged_job_logs(
         return len(host.log()) - before
 
     all_of_them = sent()
-    assert all_of_them > 3
+    assert all_of_them == 3
     assert sent() == 0
     known = log.read_text()
     log.write_text(known.replace('"job": "', '"job": "gone-') + '{"work": "cut o')

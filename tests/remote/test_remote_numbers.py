@@ -85,6 +85,16 @@ def test_weights_are_fetched_once(far_ids: TracedModel, near_ids: TracedModel) -
     assert far_ids.n_parameters == near_ids.n_parameters
 
 
+@pytest.mark.parametrize("name", ["test/ids", "test/llama", "test/neox", "test/gemma2"])
+def test_the_self_check_takes_three_round_trips(
+    on_host: Callable[..., TracedModel], host: Loopback, name: str
+) -> None:
+    """Type and weights; every run that waits for no other; those that write what was read."""
+    before = len(host.log())
+    model = on_host(name)
+    assert len(host.log()) - before == jobs(model) == 3
+
+
 def test_weights_of_large_models_come_in_parts(
     on_host: Callable[..., TracedModel], near_ids: TracedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

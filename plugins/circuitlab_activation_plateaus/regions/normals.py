@@ -31,6 +31,8 @@ Margin = Callable[[Tensor, Tensor], Tensor]
 HALVINGS = 10
 #: Half the length of path over which a slope is measured.
 REACH = 1e-3
+#: Roundings of the largest logit that a difference of two margins may be off by.
+ROUNDINGS = 16
 #: Share of the measured slope that a gradient must have to give a normal: at a jump it has none.
 LEAST_SHARE = 0.5
 #: Random directions that matches are held against, and the share of them below the number given.
@@ -67,8 +69,8 @@ class Walkers:
         self._clean = torch.cat(parts)
 
     def points(self, rows: Tensor, t: Tensor) -> Tensor:
-        """Points of the walks ``rows`` at the places ``t``, ``[n, d]``."""
-        return self._path(self.a[rows], self.b[rows], t[:, None])[:, 0]
+        """Points of the walks ``rows`` at the places ``t``, ``[n, d]``, float64."""
+        return self._path(self.a[rows].double(), self.b[rows].double(), t[:, None])[:, 0]
 
     def logits(self, rows: Tensor, t: Tensor) -> Tensor:
         """Logits there, ``[n, vocab]``, at least float32."""
@@ -173,7 +175,8 @@ class Facing:
     """How borders are crossed, one entry per crossing.
 
     Attributes:
-        slope: Growth of the margin per length of path, measured, ``[m]``; nats.
+        slope: Growth of the margin per length of path, measured, ``[m]``; nats. What is within
+            rounding of the gradient's part is that part.
         share: The gradient's part of it, ``[m]``: 1 where the output is smooth, 0 at a jump.
         normals: Unit gradient of the margin towards the region entered, ``[m, d]``; 0 where the
             gradient gives less than half of the slope, and so no normal.
@@ -196,16 +199,22 @@ def face(regions: Regions, crossings: Crossings, walkers: Walkers) -> Facing:
         none = t.new_zeros(0)
         return Facing(none, none, t.new_zeros(0, walkers.a.shape[1]))
     sides = [(t - REACH).clamp(min=0), (t + REACH).clamp(max=1)]
-    margins = [regions.margin(walkers.logits(rows, at), *both).double() for at in sides]
+    logits = [walkers.logits(rows, at) for at in sides]
+    under, over = (regions.margin(at, *both).double() for at in logits)
     length = sides[1] - sides[0]
-    slope = (margins[1] - margins[0]) / length
+    measured = (over - under) / length
+    largest = torch.stack([at.abs().amax(-1) for at in logits]).amax(0).double()
+    rounding = ROUNDINGS * torch.finfo(logits[0].dtype).eps * largest / length
 
     def margin(logits: Tensor, which: Tensor) -> Tensor:
         return regions.margin(logits, *(part[which] for part in both))
 
     gradients = walkers.gradients(rows, t, margin).double()
-    motion = (walkers.points(rows, sides[1]) - walkers.points(rows, sides[0])).double()
+    motion = walkers.points(rows, sides[1]) - walkers.points(rows, sides[0])
     along = (gradients * motion).sum(-1) / length
+    beyond = measured - along
+    slope = along + beyond.sign() * (beyond.abs() - rounding).clamp(min=0)
+    slope = torch.where(along.isfinite(), slope, measured)
     share = torch.where(slope > 0, along / slope, 0.0)
     norms = gradients.norm(dim=-1, keepdim=True)
     kept = (share >= LEAST_SHARE)[:, None] & (norms > 0) & norms.isfinite()

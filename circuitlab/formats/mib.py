@@ -17,12 +17,14 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from circuitlab.errors import GraphError
+from circuitlab.formats.foreign import FOREIGN_SCORE
 from circuitlab.graph import CircuitGraph, effect_name
 from circuitlab.wiring import PORTS, Wiring
 
-_EDGE = re.compile(r"(?P<source>.+?)->(?P<target>[^<]+)(?:<(?P<port>[qkv])>)?")
+#: Heads of the largest model that a file may be of.
+LARGEST = 1 << 17
 
-_FOREIGN_SCORE = "as in the file it was read from; its program says what a score is and its sign"
+_EDGE = re.compile(r"(?P<source>.+?)->(?P<target>[^<]+)(?:<(?P<port>[qkv])>)?")
 
 
 def mib_document(circuit: CircuitGraph) -> dict[str, Any]:
@@ -40,14 +42,19 @@ def mib_document(circuit: CircuitGraph) -> dict[str, Any]:
     """
     sizes = {key: _size(circuit.graph, key) for key in ("n_layers", "n_heads", "d_model")}
     parallel = bool(circuit.graph.get("parallel", False))
-    wiring = Wiring(sizes["n_layers"], sizes["n_heads"], parallel)
+    wiring = _wiring(sizes, parallel)
     found = circuit.graph.get("verdict") != "not established"
     edges, used = {}, set()
     for source, target, port, data in circuit.edges(keys=True, data=True):
         if data.get("kind") is not None or _is_gate(circuit, source) or _is_gate(circuit, target):
             continue
         kept = found and bool(data.get("kept", True))
-        _check_edge(wiring, source, target, port)
+        try:
+            _check_edge(wiring, source, target, port)
+        except GraphError as error:
+            raise GraphError(
+                f"{error}; EAP-IG circuit JSON cannot hold it: write a .json"
+            ) from error
         name = f"{source}->{target}" + (f"<{port}>" if port else "")
         edges[name] = {"score": float(data["score"]), "in_graph": kept}
         used |= {source, target} if kept else set()
@@ -95,10 +102,10 @@ def parse_mib(document: object) -> CircuitGraph:
     cfg, nodes, edges, provenance = _parts(document)
     sizes = {key: _size(cfg, key) for key in ("n_layers", "n_heads")}
     parallel = bool(cfg.get("parallel_attn_mlp", False))
-    wiring = Wiring(sizes["n_layers"], sizes["n_heads"], parallel)
+    wiring = _wiring(sizes, parallel)
     circuit = CircuitGraph()
     circuit.graph.update(
-        provenance if isinstance(provenance, Mapping) else {"score": _FOREIGN_SCORE}
+        provenance if isinstance(provenance, Mapping) else {"score": FOREIGN_SCORE}
     )
     circuit.graph.update(sizes, parallel=parallel)
     if "d_model" in cfg:
@@ -185,9 +192,18 @@ def _readable(wiring: Wiring, target: str) -> frozenset[str]:
     return frozenset(wiring.sources[: first + heard * wiring.n_heads])
 
 
+def _wiring(sizes: Mapping[str, int], parallel: bool) -> Wiring:
+    if sizes["n_layers"] * sizes["n_heads"] > LARGEST:
+        raise GraphError(
+            f"the circuit is of a model of {sizes['n_layers']:,} layers of {sizes['n_heads']:,} "
+            f"heads; no more than {LARGEST:,} heads are read: check cfg"
+        )
+    return Wiring(sizes["n_layers"], sizes["n_heads"], parallel)
+
+
 def _size(data: Mapping[str, Any], key: str) -> int:
     value = data.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
         raise GraphError(
             f"the circuit's {key} is {value!r}; EAP-IG circuit JSON needs the model's sizes: "
             f"use a circuit that `circuitlab trace` wrote"
@@ -196,4 +212,9 @@ def _size(data: Mapping[str, Any], key: str) -> int:
 
 
 def _finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False

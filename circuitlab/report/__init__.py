@@ -1,0 +1,1 @@
+"""Reports: what is known of a circuit, as one folder for people and programs."""
