@@ -5,23 +5,29 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from circuitlab.errors import CircuitLabError, PluginError
 from circuitlab.options import Option, read_options
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from circuitlab.graph import CircuitGraph
     from circuitlab.hookspecs import AnalysisFunction, CommandFunction, Exporter
     from circuitlab.tasks import Task
+
+#: Top-level modules in which the fault of a plugin may come to light.
+_NOT_PLUGINS = sys.stdlib_module_names | {
+    "accelerate", "circuitlab", "huggingface_hub", "networkx", "nnsight", "numpy", "pluggy",
+    "safetensors", "tokenizers", "torch", "transformers",
+}  # fmt: skip
 
 #: Words that the command line has itself: no plugin's command can begin with them.
 _OURS = frozenset(
@@ -171,13 +177,23 @@ class Collector:
 
 
 def describe(error: BaseException) -> str:
-    """A stranger's exception in one line: its class and the first line of its text."""
+    """A stranger's exception in one line: its class, the first line of its text, and its place."""
     lines = str(error).strip().splitlines()
     if (
         type(error).__name__ == "PluginValidationError"
     ):  # pluggy says what is wrong in its last line
         lines = [f"{lines[0]}: {lines[-1]}"]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return said + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    """Where a plugin's own code was when it failed, as Python says it of a syntax error."""
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_PLUGINS:
+            found = f" ({Path(frame.f_code.co_filename).name}, line {line})"
+    return found
 
 
 def _guarded(suffix: str, write: Exporter, plugin: str) -> Exporter:

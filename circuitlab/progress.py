@@ -55,6 +55,16 @@ def tell(warnings: Iterable[str]) -> None:
             warned(warning)
 
 
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Nobody hears of warnings told inside: they are of no use to whoever listens."""
+    token = _warned.set(None)
+    try:
+        yield
+    finally:
+        _warned.reset(token)
+
+
 def inform(fact: str) -> None:
     """Tell whoever listens of something that is neither progress nor a warning."""
     informed = _informed.get()

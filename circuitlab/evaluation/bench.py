@@ -20,6 +20,7 @@ from circuitlab.evaluation.kept import Level, kept_edges, kept_nodes
 from circuitlab.evaluation.random_circuits import RandomControl, random_control
 from circuitlab.evaluation.stability import RESAMPLES, Stability, rediscovered, stability
 from circuitlab.evaluation.subject import recorded_analysis, rediscovery
+from circuitlab.progress import unwarned
 from circuitlab.registry import describe
 from circuitlab.wiring import Edge, Receiver
 
@@ -143,8 +144,13 @@ class Bench:
             PluginError: the analysis fails, or gives something else.
         """
         found = recorded_analysis(self.circuit, self.subject.registry)
-        if found is None or found[0].pair_scores is None:
-            raise OptionError("no installed analysis offers its scores of single pairs")
+        if found is None:
+            raise OptionError("the analysis that found it is not installed")
+        if found[0].pair_scores is None:
+            raise OptionError(
+                f"analysis {found[0].name!r} does not offer the scores of single pairs "
+                f"(pair_scores in its plugin)"
+            )
         if self.held_out.source is None:
             raise OptionError("the pairs it was found on are not at hand")
         analysis, options = found
@@ -192,7 +198,8 @@ class Bench:
             return None
 
         def on(rows: list[int]) -> CircuitGraph:
-            return find(replace(source, pairs=tuple(source.pairs[row] for row in rows)))
+            with unwarned():  # a resample repeats pairs, as it should
+                return find(replace(source, pairs=tuple(source.pairs[row] for row in rows)))
 
         return on
 

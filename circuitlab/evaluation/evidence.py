@@ -189,4 +189,12 @@ def _warnings(bench: Bench) -> list[str]:
     loud = [] if bench.held_out.independent else [f"scored on {bench.held_out.how}"]
     if bench.settings.quick:
         loud.append(f"quick: at most {QUICK} random circuits, and without what runs hundreds")
-    return [*bench.subject.warnings, *loud, *bench.pairs.warnings, *doubts]
+    return [*bench.subject.warnings, *loud, *_unreached(bench), *bench.pairs.warnings, *doubts]
+
+
+def _unreached(bench: Bench) -> list[str]:
+    """A warning where no edge of the circuit begins at the input."""
+    begins = {kept if isinstance(kept, str) else kept.source for kept in bench.kept}
+    if "input" in begins:
+        return []
+    return ["the circuit has nothing out of input: nothing of the clean prompt reaches it"]

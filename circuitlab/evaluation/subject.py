@@ -208,7 +208,8 @@ def _other_scores(circuit: CircuitGraph) -> list[str]:
         return []
     return [
         "the circuit's scores are no effects on the metric (see its score line): the verdict is on "
-        "its edges as a circuit of the task, not on what its analysis measured"
+        "its edges as a circuit of the task, not on what its analysis measured; an effect that has "
+        "no kind of its own is taken for an edge of the model"
     ]
 
 

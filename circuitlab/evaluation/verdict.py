@@ -94,7 +94,7 @@ def verdict(
 
     * sufficient: the interval lies above one half, and below one and a half;
     * necessary: what is outside the circuit keeps less than half of the effect;
-    * telling: the median random circuit keeps less than half of the effect, else size alone does it;
+    * telling: the median random circuit keeps less than half of the effect;
     * stable: more than half of the circuit's edges recur in at least 90 % of resamples;
     * held out: no pair is one that the circuit was found on.
 
@@ -206,7 +206,9 @@ def _necessary(complement: Faithfulness) -> Criterion:
 def _telling(control: RandomControl | None) -> Criterion:
     if control is None or control.median is None:
         return Criterion("telling", False, False, "there are no random circuits of this size")
-    text = f"the median random circuit of this size keeps {_percent(control.median)} % of the effect"
+    text = (
+        f"the median random circuit of this size keeps {_percent(control.median)} % of the effect"
+    )
     return Criterion("telling", control.median < HALF, False, text)
 
 

@@ -214,8 +214,8 @@ def unplain(model: TracedModel, task: Task) -> CircuitGraph:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (dividing, "failed: ZeroDivisionError: by 0$"),
-        (leaving, "failed: SystemExit: 3$"),
+        (dividing, r"failed: ZeroDivisionError: by 0 \(test_builder\.py, line \d+\)$"),
+        (leaving, r"failed: SystemExit: 3 \(test_builder\.py, line \d+\)$"),
         (plain, "returned MultiDiGraph, not a CircuitGraph"),
         (cyclic, "made a bad circuit: the circuit has a cycle"),
         (unmeasured, "made a bad circuit: effect m0 → logits has score nan"),

@@ -120,7 +120,7 @@ AT_WORK = {
         "printed 'hello",
     ),
     "return direct(model, task, 1 + random.random())": (
-        ["one seed, one circuit", "it runs on a host, and sends plain data"],
+        ["one seed, one circuit"],
         "two different circuits from one seed; draw random numbers from torch's global generator",
     ),
     "return direct(model, task, float('nan'))": (

@@ -22,5 +22,5 @@ def head_norms(model, task, *, top: Annotated[int, "heads to keep"] = 5):
     for score, site in sorted(zip(moved, sites, strict=True), reverse=True)[:top]:
         name = f"a{site.layer}.h{site.head}"
         circuit.add_component(name, kind="head", layer=site.layer, head=site.head)
-        circuit.add_effect(name, "logits", score)
+        circuit.add_effect(name, "logits", score, kind="norm")
     return circuit
