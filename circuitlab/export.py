@@ -108,9 +108,12 @@ def check_target(path: Path, exporters: Mapping[str, Exporter] = EXPORTERS) -> N
 
     Raises:
         OptionError: the suffix is not known.
-        ResourceError: its folder does not exist or may not be written, or a folder has its name.
+        ResourceError: its folder does not exist or may not be written, a folder has its name, or
+            what draws it is not installed.
     """
     find_exporter(path, exporters)
+    if path.name.lower().endswith(plots.SUFFIXES):
+        plots.check_installed(f"output {str(path)!r}")
     folder = path.resolve().parent
     if not folder.is_dir():
         raise ResourceError(

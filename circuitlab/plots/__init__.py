@@ -80,6 +80,16 @@ def plot(circuit: CircuitGraph, path: Path) -> None:
         ) from error
 
 
+def check_installed(what: str) -> None:
+    """Refuse to draw where nothing can.
+
+    Raises:
+        ResourceError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ResourceError(f"{what} needs matplotlib; run `pip install circuitlab[plots]`")
+
+
 def _drawn(circuit: CircuitGraph, form: str, what: str) -> bytes:
     panels = panels_of(circuit)
     if not panels:
@@ -87,8 +97,7 @@ def _drawn(circuit: CircuitGraph, form: str, what: str) -> bytes:
             "the circuit has nothing to plot: its analysis added no panels; draw its diagram with "
             ".svg, .png or .pdf, or run one that does, as `circuitlab trace path-patching`"
         )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ResourceError(f"{what} needs matplotlib; run `pip install circuitlab[plots]`")
+    check_installed(what)
     from circuitlab.plots.page import compose, settings
 
     content = io.BytesIO()

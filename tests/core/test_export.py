@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from format_samples import planted
 
 from circuitlab.errors import GraphError, OptionError, PluginError, ResourceError
-from circuitlab.export import EXPORTERS, find_exporter, read_circuit, write_circuit
+from circuitlab.export import EXPORTERS, check_target, find_exporter, read_circuit, write_circuit
 from circuitlab.graph import CircuitGraph
 from circuitlab.panels import TextTable
 
@@ -184,3 +185,13 @@ def test_nan_score_is_refused_on_reading(name: str, circuit: CircuitGraph, tmp_p
     path.write_text(path.read_text().replace("-1.5", "NaN"))
     with pytest.raises(GraphError, match=r"NaN|nan"):
         read_circuit(path)
+
+
+def test_plots_are_refused_before_the_work_where_nothing_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without matplotlib a path for plots is refused, and one for a diagram is not."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ResourceError, match=r"a\.plot\.svg' needs matplotlib; run `pip install"):
+        check_target(tmp_path / "a.plot.svg")
+    check_target(tmp_path / "a.svg")
