@@ -70,6 +70,8 @@ def base_rates(bench: Bench) -> dict[str, Any]:
 
 def random_circuits(bench: Bench) -> dict[str, Any]:
     """The circuit among random ones of its size and kind."""
+    if not bench.control.values:
+        raise OptionError(f"there are no other circuits of this size ({bench.control.drawn.how})")
     return bench.control.to_json()
 
 
@@ -87,6 +89,8 @@ def minimality_of(bench: Bench) -> dict[str, Any]:
 
 def stability_of(bench: Bench) -> dict[str, Any]:
     """How often other draws of the pairs give the same edges."""
+    if not bench.kept:
+        raise OptionError("the circuit is empty")
     return bench.stability.to_json()
 
 
