@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from circuitlab.builder import build_circuit
     from circuitlab.checkpoint import Checkpoint
     from circuitlab.combining import join_circuits, overlay_circuits
-    from circuitlab.comparing import Comparison, compare_circuits
+    from circuitlab.comparing import Comparison, compare_circuits, rank_correlation
     from circuitlab.dictionaries import (
         Dictionary,
         DictionaryInfo,
@@ -146,6 +146,7 @@ _HOME = {
     "panels_of": "panels",
     "norm_outliers": "norms",
     "patchers": "patcher",
+    "rank_correlation": "comparing",
     "ratio_interval": "bootstrap",
     "read_circuit": "export",
     "read_dictionary": "dictionaries",
@@ -228,6 +229,7 @@ __all__ = [
     "overlay_circuits",
     "panels_of",
     "patchers",
+    "rank_correlation",
     "ratio_interval",
     "read_circuit",
     "read_dictionary",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from circuitlab.comparing import rank_correlation
 from circuitlab.errors import NumericsError
 from circuitlab.graph import effect_name
 from circuitlab.patching import edge_effects
@@ -112,22 +113,11 @@ def approximation(
     there = effects != 0
     same = (values * effects > 0)[there].double()
     return Approximation(
-        rank_correlation(values, effects),
+        rank_correlation(values.tolist(), effects.tolist()),
         float(same.mean()) if len(same) else None,
         sampled,
         {name: len(edges) for name, edges in strata.items()},
     )
-
-
-def rank_correlation(one: Tensor, other: Tensor) -> float | None:
-    """Spearman's rank correlation, ties sharing their mean rank; None where one is constant."""
-    ranks = []
-    for values in (one, other):
-        below = (values[None] < values[:, None]).double().sum(1)
-        ranks.append(below + (values[None] == values[:, None]).double().sum(1) / 2)
-    a, b = (rank - rank.mean() for rank in ranks)
-    size = float(((a @ a) * (b @ b)).sqrt())
-    return float(a @ b) / size if size else None
 
 
 def _strata(wiring: Wiring, scores: Tensor) -> dict[str, list[tuple[Edge, float]]]:

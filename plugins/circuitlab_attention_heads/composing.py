@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+import circuitlab
 from circuitlab import (
     CircuitGraph,
     Edge,
@@ -28,8 +29,6 @@ from circuitlab_attention_heads.roles import RoleTable, find_roles
 from circuitlab_attention_heads.shared_directions import shared_directions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from circuitlab import EncodedTask, Task, TracedModel
 
 SCORE = (
@@ -295,21 +294,7 @@ def _patch(
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Spearman's, ties at their mean rank; None for fewer than three values, or all the same."""
-    if len(one) < 3:
-        return None
-    ranks = torch.stack([_ranks(values) for values in (one, other)])
-    ranks -= ranks.mean(1, keepdim=True)
-    sizes = ranks.norm(dim=1)
-    if not bool((sizes > 0).all()):
-        return None
-    return float((ranks[0] @ ranks[1]) / (sizes[0] * sizes[1]))
-
-
-def _ranks(values: Sequence[float]) -> Tensor:
-    column = torch.tensor(values, dtype=torch.float64)
-    ordered = column.sort().values
-    first, last = (torch.searchsorted(ordered, column, right=right) for right in (False, True))
-    return (first + last + 1) / 2
+    return circuitlab.rank_correlation(one, other) if len(one) >= 3 else None
 
 
 # --- findings -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from circuitlab import choose_batch_size, ratio_interval, track
+from circuitlab import choose_batch_size, rank_correlation, ratio_interval, track
 from circuitlab_feature_interactions.sites import sites_of, written_site
 
 if TYPE_CHECKING:
@@ -198,21 +198,12 @@ def agreement(attributions: Tensor, exact: Tensor) -> Agreement | None:
         return None
     sign = float(((a.sign() == b.sign()) & (a != 0)).double().mean())
     below = float(a @ a)
-    return Agreement(len(a), sign, spearman(a, b), float(a @ b) / below if below > 0 else None)
-
-
-def spearman(a: Tensor, b: Tensor) -> float | None:
-    """Rank correlation of ``[m]`` and ``[m]``, ties at their mean rank; None without variation."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    centred = ranks - ranks.mean(1, keepdim=True)
-    spread = float(centred.square().sum(1).prod().sqrt())
-    return float((centred[0] * centred[1]).sum()) / spread if spread > 0 else None
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, where, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    middle: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
-    return middle[where]
+    return Agreement(
+        len(a),
+        sign,
+        rank_correlation(a.tolist(), b.tolist()),
+        float(a @ b) / below if below > 0 else None,
+    )
 
 
 # --- the kept edges alone -------------------------------------------------------------------------

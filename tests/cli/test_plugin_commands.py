@@ -33,12 +33,6 @@ SOUND = """
 """
 
 
-@pytest.fixture(autouse=True)
-def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the settings of whoever runs it."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
-
-
 def rows(done: Any) -> dict[str, list[str]]:
     """Rows of a table by their first cell."""
     return {line.split("\t")[0]: line.split("\t")[1:] for line in done.out.splitlines()}

@@ -77,6 +77,7 @@ NAMES = [
     "overlay_circuits",
     "panels_of",
     "patchers",
+    "rank_correlation",
     "ratio_interval",
     "read_circuit",
     "read_dictionary",

@@ -16,13 +16,6 @@ from typing import Any
 
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings are those of the test's own home."""
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-
-
 GOOD = """
     import circuitlab
 

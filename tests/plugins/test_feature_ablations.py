@@ -11,7 +11,6 @@ from circuitlab_feature_interactions.ablations import (
     exact_effects,
     masked_targets,
     sample_edges,
-    spearman,
 )
 from circuitlab_feature_interactions.sites import site_pairs
 from feature_oracles import (
@@ -25,6 +24,8 @@ from feature_oracles import (
 )
 from path_scores import padded_pairs, small_model
 from torch.nn import functional
+
+from circuitlab import rank_correlation
 
 # --- ablations ------------------------------------------------------------------------------------
 
@@ -126,8 +127,8 @@ def test_rank_correlation_with_ties() -> None:
     """Ties share their mean rank: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4."""
     a, b = torch.tensor([1.0, 2.0, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
     ranks = torch.tensor([[1.0, 2.5, 2.5, 4.0], [1.0, 2.0, 3.0, 4.0]])
-    assert spearman(a, b) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
-    assert spearman(torch.ones(3), torch.arange(3.0)) is None
+    assert rank_correlation(a, b) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
+    assert rank_correlation(torch.ones(3), torch.arange(3.0)) is None
 
 
 # --- the kept edges alone -------------------------------------------------------------------------
