@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import describe
 from oracles import random_gpt2
 
 import circuitlab
@@ -281,12 +282,7 @@ def install(site: Path) -> Callable[..., None]:
     def lay_out(distribution: str, plugin: str, source: str, version: str = "0.1") -> None:
         module = distribution.replace("-", "_")
         (site / f"{module}.py").write_text(textwrap.dedent(source), encoding="utf-8")
-        folder = site / f"{module}-{version}.dist-info"
-        folder.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
-        (folder / "METADATA").write_text(metadata, encoding="utf-8")
-        entry = f"[circuitlab]\n{plugin} = {module}\n"
-        (folder / "entry_points.txt").write_text(entry, encoding="utf-8")
+        describe(site, distribution, version, {plugin: module})
         importlib.invalidate_caches()
 
     return lay_out

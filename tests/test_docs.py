@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import describe_project
 
 from circuitlab import hookspecs
 
@@ -136,14 +137,7 @@ def install(folder: Path) -> None:
     """What ``pip install -e .`` leaves behind of the project in ``folder``: its entry points."""
     if not (folder / "pyproject.toml").exists():
         return
-    project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
-    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir(exist_ok=True)
-    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    (info / "METADATA").write_text(metadata, encoding="utf-8")
-    entries = project["entry-points"]["circuitlab"]
-    lines = ["[circuitlab]", *(f"{key} = {value}" for key, value in entries.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    describe_project(folder, folder)
     importlib.invalidate_caches()
 
 

@@ -6,10 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+from installed import describe_project
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.parent for path in (ROOT / "docs/examples").glob("*/pyproject.toml"))
@@ -20,15 +20,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Surroundings in which all of them are installed: modules, metadata and entry points."""
     site = tmp_path_factory.mktemp("site")
     for folder in EXAMPLES:
-        project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
-        name, version = project["name"], project["version"]
-        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        (info / "METADATA").write_text(metadata, encoding="utf-8")
-        entries = project["entry-points"]["circuitlab"].items()
-        lines = ["[circuitlab]", *(f"{key} = {value}" for key, value in entries)]
-        (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        describe_project(site, folder)
         for module in folder.glob("circuitlab_*.py"):
             shutil.copy(module, site)
     return {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import describe
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -106,13 +107,9 @@ def free(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with ``core``, CircuitLab without plugins, and ``site``, each plugin installed."""
     folder = tmp_path_factory.mktemp("free")
     core = folder / "core"
-    about = core / f"circuitlab-{PROJECT['version']}.dist-info"
-    about.mkdir(parents=True)
+    core.mkdir()
     (core / "circuitlab").symlink_to(ROOT / "circuitlab")
-    (about / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: circuitlab\nVersion: {PROJECT['version']}\n", "utf-8"
-    )
-    (about / "entry_points.txt").write_text(f"[circuitlab]\ndefaults = {ENTRIES['defaults']}\n")
+    describe(core, "circuitlab", PROJECT["version"], {"defaults": ENTRIES["defaults"]})
     projects = []
     for name, module in PLUGINS.items():
         project = folder / "projects" / name
